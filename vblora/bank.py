@@ -1,0 +1,86 @@
+"""The mathematics of VB-LoRA: a vector bank, a top-k admixture, and the factors composed from them.
+
+Every factor of every layer is cut into sub-vectors of length b. Sub-vector i is a mixture of k rows of one
+bank (h x b) shared by all layers, modules and both factors (paper, Sections 3.2 to 3.4):
+
+    u_i = sum_s w_is * bank[j_is],    w_i = softmax(the k largest logits of row i),    j_i = their indices
+
+Two forms of the same function stand here. `compose` is the one that trains: it sees only the k selected
+logits of each row, because only they have a gradient. `compose_dense` starts from all h logits as the paper
+writes it; it is short, slow, and what the fast form is tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vblora.counting import LayerShape
+
+Factors = tuple[Tensor, Tensor]  # A: (r, in_features) and B transposed: (r, out_features)
+
+
+def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row, largest first, and their indices: two (N, k) tensors."""
+    return logits.topk(topk, dim=-1)
+
+
+def compose(bank: Tensor, indices: Tensor, selected: Tensor) -> Tensor:
+    """All sub-vectors in one weighted embedding bag: (h, b), (N, k), (N, k) -> (N, b).
+
+    `indices` and `selected` are what `select` gives. Differentiable in `bank` and in `selected`.
+    """
+    weights = selected.softmax(dim=-1)  # (N, k)
+    return F.embedding_bag(indices, bank, mode="sum", per_sample_weights=weights)
+
+
+def compose_dense(bank: Tensor, logits: Tensor, topk: int) -> Tensor:
+    """The paper's formula from all logits: (h, b), (N, h) -> (N, b). The reference, not the fast path."""
+    values, indices = logits.topk(topk, dim=-1)
+    weights = values.softmax(dim=-1)  # (N, k)
+    return (weights.unsqueeze(-1) * bank[indices]).sum(dim=-2)  # (N, k, b) -> (N, b)
+
+
+class Layout:
+    """Which rows of the (N, b) table of sub-vectors make up which factor of which layer.
+
+    Layer by layer: the r x ceil(in/b) sub-vectors of A, then the r x ceil(out/b) of B transposed. b need not
+    divide a dimension: the last sub-vector of a row is cut to fit.
+    """
+
+    def __init__(self, shapes: Sequence[LayerShape], r: int, vector_length: int) -> None:
+        self.shapes = list(shapes)
+        self.r = r
+        self.vector_length = vector_length
+        self.sizes: list[
+            int
+        ] = []  # rows of the table per factor: A of layer 0, B of layer 0, A of layer 1, ...
+        for shape in self.shapes:
+            self.sizes += [r * self.tiles(shape.in_features), r * self.tiles(shape.out_features)]
+
+    @property
+    def rows(self) -> int:
+        """N, the number of sub-vectors."""
+        return sum(self.sizes)
+
+    def tiles(self, features: int) -> int:
+        """Sub-vectors in one row of a factor that is `features` wide."""
+        return -(-features // self.vector_length)
+
+    def factors(self, table: Tensor) -> list[Factors]:
+        """Views of the (N, b) table as the factors of each layer; no copy is made.
+
+        One split serves all layers, so that its backward gathers all their gradients at once.
+        """
+        parts = iter(table.split(self.sizes))
+        return [
+            (self._view(next(parts), shape.in_features), self._view(next(parts), shape.out_features))
+            for shape in self.shapes
+        ]
+
+    def _view(self, part: Tensor, features: int) -> Tensor:
+        whole = part.view(self.r, -1)  # (r, tiles * b)
+        return whole if whole.shape[1] == features else whole[:, :features]

@@ -1,0 +1,84 @@
+"""What every method's settings have in common: where the adapter goes, and its rank.
+
+Field names and meanings are PEFT's, so that a configuration file written there can be read here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Settings shared by all methods; each method adds its own.
+
+    Args:
+        r: rank of the two factors of every adapted layer.
+        target_modules: which layers: a list of names or name endings ("query" matches "...self.query"), a
+            regular expression for the whole name, or "all-linear" (every linear layer but the output layer).
+        exclude_modules: layers to leave out, as a list of names or endings, or a regular expression.
+        modules_to_save: names or endings of modules that are trained and saved in full (a classification head).
+        layers_to_transform: adapt only layers with these numbers; with `target_modules` as a list.
+        layers_pattern: name of the list the numbers refer to ("layers", "h"), where a name has several numbers.
+
+    Raises:
+        ValueError: a value that cannot work, naming the field.
+    """
+
+    method: ClassVar[str]
+
+    r: int = 4
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save takes a list of names, for example [{self.modules_to_save!r}]")
+        if not self.target_modules:
+            raise ValueError(
+                'target_modules is missing: give a list of names, a regular expression or "all-linear"'
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError("layers_to_transform needs target_modules as a list of names")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern does nothing without layers_to_transform")
+        self.require_positive("r")
+
+    @property
+    def dropout(self) -> float:
+        """Dropout probability on the input of the factors."""
+        return 0.0
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse fields that are not whole numbers from 1 up."""
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+
+    def require_probability(self, name: str) -> None:
+        """Refuse a field that is no dropout probability."""
+        value = getattr(self, name)
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AdapterConfig:
+        """The configuration a dictionary holds; an unknown key is refused by name."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"unknown key for {cls.__name__}: {', '.join(unknown)} (known: {', '.join(sorted(known))})"
+            )
+        return cls(**values)

@@ -1,0 +1,96 @@
+"""One switch over all methods, for training scripts: a name and its settings in, an adapted model out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from vblora.adapter import Adapter, attach
+from vblora.counting import Count, count_full
+from vblora.methods.peft_bridge import PeftAdapter, peft_config, peft_config_from_dict
+
+OWN_METHODS = {config.method: config for config in Adapter.methods}
+
+
+class AnyAdapter(Protocol):
+    """What training scripts ask of an adapter, whichever method made it."""
+
+    def save(self, directory: str, *, form: str = "topk") -> None: ...
+
+    def stored_parameters(self) -> Count: ...
+
+    def head_parameters(self) -> int: ...
+
+
+class Adapted(NamedTuple):
+    """The model to train (for PEFT's methods a wrapper around the one given) and its adapter."""
+
+    model: nn.Module
+    adapter: AnyAdapter
+
+
+class FullFineTuning:
+    """No adapter: every parameter of the model is trained and stored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+
+    def save(self, directory: str, *, form: str = "topk") -> None:
+        self.model.save_pretrained(directory)  # type: ignore[operator]  # a transformers model
+
+    def stored_parameters(self) -> Count:
+        return count_full(sum(p.numel() for p in self.model.parameters()))
+
+    def head_parameters(self) -> int:
+        return 0  # counted with the rest
+
+
+def apply_method(model: nn.Module, method: str, settings: dict[str, Any]) -> Adapted:
+    """Make a model trainable by a method.
+
+    Args:
+        model: the base model; adapted in place.
+        method: "full", "vblora", "tied_lora", "lora_xs", any method of PEFT by name ("lora", "vera", "dora",
+            "olora", ...), or the path of a PEFT configuration as JSON.
+        settings: the method's settings by their configuration's field names.
+
+    Raises:
+        ValueError: an unknown method or setting, or one that does not fit the model.
+    """
+    if method == "full":
+        if settings.keys() - {"modules_to_save", "target_modules"}:
+            raise ValueError(f"full fine-tuning has no settings; got {', '.join(sorted(settings))}")
+        return Adapted(model, FullFineTuning(model))
+    if method in OWN_METHODS:
+        return Adapted(model, attach(model, OWN_METHODS[method].from_dict(settings)))
+    if method.endswith(".json"):
+        bridge = PeftAdapter(model, peft_config_from_dict({**settings, **_read(Path(method))}))
+    else:
+        bridge = PeftAdapter(model, peft_config(method, settings))
+    return Adapted(bridge.model, bridge)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from vblora.storage.files import read_json
+
+    return read_json(path)
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Settings given on a command line, as a JSON object.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON: {text!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'settings are a JSON object such as {{"lora_alpha": 16}}, not {text!r}')
+    return values

@@ -1,0 +1,109 @@
+"""Tied-LoRA: one pair of factors per kind of layer, scaled by two vectors per layer (arXiv 2311.09578)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vblora import counting
+from vblora.adapter import Adapter, TensorSpec
+from vblora.bank import Factors
+from vblora.config import AdapterConfig
+from vblora.counting import LayerShape
+
+
+@dataclass(kw_only=True)
+class TiedLoRAConfig(AdapterConfig):
+    """Settings of Tied-LoRA (see also `AdapterConfig`).
+
+    Args:
+        lora_alpha: the update is scaled by lora_alpha / r, as in LoRA; r (no scaling) unless given.
+        lora_dropout: dropout probability on the factors' input.
+    """
+
+    method: ClassVar[str] = "tied_lora"
+
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_probability("lora_dropout")
+
+    @property
+    def dropout(self) -> float:
+        return self.lora_dropout
+
+    @property
+    def scaling(self) -> float:
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+
+class TiedLoRA(Adapter, config=TiedLoRAConfig):
+    """dW_l = alpha/r * diag(v_l) B diag(u_l) A, with A (r x in) and B (out x r) shared by all layers of a kind.
+
+    A kind is a module's name without its layer number. A starts as LoRA's, B at zero, u and v at one; all four
+    are trained.
+    """
+
+    config: TiedLoRAConfig
+
+    def __init__(self, config: TiedLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
+        super().__init__(config, targets, seed)
+        counting.count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
+        for name, tensor_spec in self.spec(config, self.shapes, "full").items():
+            fill = torch.zeros if name.startswith("factor") else torch.ones
+            self.register_parameter(name, nn.Parameter(fill(tensor_spec.shape)))
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            for index in range(len(_kinds(self.shapes))):
+                a = self.get_parameter(f"factor_a_{index}")
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+
+    @classmethod
+    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        specs = {}
+        for index, shape in enumerate(_kinds(shapes).values()):
+            specs[f"factor_a_{index}"] = TensorSpec((config.r, shape.in_features))
+            specs[f"factor_b_{index}"] = TensorSpec((config.r, shape.out_features))  # B transposed
+        specs["scale_u"] = TensorSpec((len(shapes), config.r))
+        specs["scale_v"] = TensorSpec((sum(shape.out_features for shape in shapes),))  # one after another
+        return specs
+
+    def compose(self) -> tuple[Tensor, ...]:
+        kinds = list(_kinds(self.shapes))
+        u = self.get_parameter("scale_u") * self.config.scaling  # (L, r)
+        v = self.get_parameter("scale_v").split([shape.out_features for shape in self.shapes])
+        composed: list[Tensor] = []
+        for layer, shape in enumerate(self.shapes):
+            index = kinds.index(shape.kind)
+            composed.append(u[layer].unsqueeze(1) * self.get_parameter(f"factor_a_{index}"))  # (r, in)
+            composed.append(self.get_parameter(f"factor_b_{index}") * v[layer])  # (r, out)
+        return tuple(composed)
+
+    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
+        return list(zip(composed[0::2], composed[1::2], strict=True))
+
+    def stored_parameters(self) -> counting.Count:
+        return counting.count_tied_lora(self.shapes, r=self.config.r)
+
+    def tensors(self, form: str) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+
+def _kinds(shapes: Sequence[LayerShape]) -> dict[str, LayerShape]:
+    """The kinds of layers, each with the first layer of its kind."""
+    kinds: dict[str, LayerShape] = {}
+    for shape in shapes:
+        kinds.setdefault(shape.kind, shape)
+    return kinds

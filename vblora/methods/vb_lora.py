@@ -1,0 +1,188 @@
+"""VB-LoRA: factors composed from one vector bank (arXiv 2405.15179, Section 3)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vblora import counting
+from vblora.adapter import Adapter, TensorSpec
+from vblora.bank import Factors, Layout, compose, select
+from vblora.config import AdapterConfig
+from vblora.counting import LayerShape
+from vblora.optim import register_owner
+
+
+@dataclass(kw_only=True)
+class VBLoRAConfig(AdapterConfig):
+    """Settings of VB-LoRA, under PEFT's field names (see also `AdapterConfig`).
+
+    Args:
+        num_vectors: h, the number of vectors in the bank.
+        vector_length: b, the length of a sub-vector. It need not divide the layers' widths.
+        topk: k, the vectors mixed into a sub-vector.
+        vblora_dropout: dropout probability on the factors' input.
+        init_vector_bank_bound: the bank starts uniform in [-bound, bound].
+        init_logits_std: the logits start normal with this standard deviation. PEFT's default is 0.1; the
+            authors' GLUE code, and this project's GLUE scripts, use 0.01.
+    """
+
+    method: ClassVar[str] = "vblora"
+
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    vblora_dropout: float = 0.0
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("num_vectors", "vector_length", "topk")
+        self.require_probability("vblora_dropout")
+        if self.topk > self.num_vectors:
+            raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
+        for name in ("init_vector_bank_bound", "init_logits_std"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: {getattr(self, name)!r}")
+
+    @property
+    def dropout(self) -> float:
+        return self.vblora_dropout
+
+
+class VBLoRA(Adapter, config=VBLoRAConfig):
+    """The bank and the selection of one adapter.
+
+    Trained by gradient: `vector_bank` (h, b) and `topk_logits` (N, k), the selected logits. The rest of the
+    logits, in `logits` (N, h), has no gradient: `vblora.AdamW` moves it and selects again after each step.
+    `logits` is None for an adapter loaded from a top-k file, which can be used and merged, not trained.
+    """
+
+    config: VBLoRAConfig
+    vector_bank: nn.Parameter
+    topk_logits: nn.Parameter
+    topk_indices: Tensor
+    logits: Tensor | None
+
+    def __init__(self, config: VBLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
+        super().__init__(config, targets, seed)
+        self.layout = Layout(self.shapes, config.r, config.vector_length)
+        n, h, b, k = self.layout.rows, config.num_vectors, config.vector_length, config.topk
+        self.vector_bank = nn.Parameter(torch.zeros(h, b))
+        self.topk_logits = nn.Parameter(torch.zeros(n, k))
+        self.register_buffer("topk_indices", torch.zeros(n, k, dtype=torch.long))
+        self.register_buffer("logits", None)  # (N, h); current but for the selected entries
+        if seed is not None:
+            self._draw(seed)
+        self._note_selection()
+
+    @torch.no_grad()
+    def _draw(self, seed: int) -> None:
+        """Initial values, drawn on the CPU whatever the device, so that a seed means the same everywhere."""
+        bound, std = self.config.init_vector_bank_bound, self.config.init_logits_std
+        generator = torch.Generator().manual_seed(seed)
+        self.vector_bank.uniform_(-bound, bound, generator=generator)
+        self.logits = torch.empty(self.layout.rows, self.config.num_vectors)
+        self.select(self.logits.normal_(generator=generator).mul_(std))
+
+    def compose(self) -> tuple[Tensor, ...]:
+        self._warn_if_not_reselected()
+        return (compose(self.vector_bank, self.topk_indices, self.topk_logits),)
+
+    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
+        return self.layout.factors(composed[0])
+
+    def stored_parameters(self) -> counting.Count:
+        c = self.config
+        return counting.count_vblora(
+            self.shapes, r=c.r, num_vectors=c.num_vectors, vector_length=c.vector_length, topk=c.topk
+        )
+
+    @torch.no_grad()
+    def dense_logits(self) -> Tensor:
+        """All h logits of each sub-vector, up to date: a new (N, h) tensor."""
+        return self._require_logits().scatter(1, self.topk_indices, self.topk_logits.detach())
+
+    @torch.no_grad()
+    def select(self, logits: Tensor) -> None:
+        """Take over these (N, h) logits and select the k largest of each row anew."""
+        dense = self._require_logits()
+        if dense is not logits:
+            dense.copy_(logits)
+        values, indices = select(dense, self.config.topk)
+        self.topk_logits.copy_(values)
+        self.topk_indices.copy_(indices)
+        self._note_selection()
+
+    def reselect(self) -> None:
+        """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
+        self.select(self.dense_logits())
+
+    def _require_logits(self) -> Tensor:
+        if self.logits is None:
+            raise ValueError(
+                "this adapter came from a top-k file, which holds the selected logits only: to train on, load "
+                'the full form (adapter.save(directory, form="full"))'
+            )
+        return self.logits
+
+    def _note_selection(self) -> None:
+        register_owner(self.topk_logits, self)
+        self._selected_version = self.topk_logits._version
+
+    def _warn_if_not_reselected(self) -> None:
+        """Training with an optimiser that knows nothing of the selection would silently freeze it."""
+        trained = self._composition is not None and self._composition.used
+        if trained and self.logits is not None and self.topk_logits._version != self._selected_version:
+            self._selected_version = self.topk_logits._version
+            warnings.warn(
+                "the logits were stepped by another optimiser than vblora.AdamW, so the selection stays as it "
+                "was; train with vblora.AdamW(vblora.param_groups(model, ...)), or call adapter.reselect()",
+                stacklevel=2,
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_selection()
+
+    @classmethod
+    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        assert isinstance(config, VBLoRAConfig)
+        n = counting.sub_vectors(shapes, config.r, config.vector_length)
+        h, b, k = config.num_vectors, config.vector_length, config.topk
+        bank = {"vector_bank": TensorSpec((h, b))}
+        if form == "full":
+            return {**bank, "logits": TensorSpec((n, h))}
+        return {**bank, "topk_indices": TensorSpec((n, k), below=h), "topk_weights": TensorSpec((n, k - 1))}
+
+    @torch.no_grad()
+    def tensors(self, form: str) -> dict[str, Tensor]:
+        bank = {"vector_bank": self.vector_bank.detach()}
+        if form == "full":
+            return {**bank, "logits": self.dense_logits()}
+        weights = self.topk_logits.softmax(dim=-1)[:, :-1]  # (N, k - 1)
+        # The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
+        excess = (weights.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+        weights = torch.cat([weights[:, :1] - excess, weights[:, 1:]], dim=1)
+        return {**bank, "topk_indices": self.topk_indices, "topk_weights": weights}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        device = self.vector_bank.device
+        self.vector_bank.copy_(tensors["vector_bank"])
+        if "logits" in tensors:
+            self.logits = torch.empty_like(tensors["logits"], dtype=self.vector_bank.dtype, device=device)
+            self.select(tensors["logits"])
+            return
+        first = tensors["topk_weights"].float()  # (N, k - 1)
+        last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
+        self.topk_logits.copy_(torch.cat([first, last], dim=1).log())
+        self.topk_indices.copy_(tensors["topk_indices"])
+        self.logits = None
+        self._note_selection()

@@ -1,0 +1,191 @@
+"""Parameter groups, and the optimiser that knows the logits."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from vblora.methods.vb_lora import VBLoRA
+
+# Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
+# reached it (groups, model.parameters(), a copy of the model).
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def register_owner(selected: nn.Parameter, adapter: VBLoRA) -> None:
+    """Note that `selected` holds the selected logits of `adapter`."""
+    _owners[selected] = weakref.ref(adapter)
+
+
+def owner_of(parameter: Tensor) -> VBLoRA | None:
+    """The adapter whose selected logits `parameter` holds, if any."""
+    reference = _owners.get(parameter)
+    return reference() if reference is not None else None
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lr_vector_bank: float | None = None,
+    lr_logits: float | None = None,
+    lr_adapter: float | None = None,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Every trainable parameter of `model` in exactly one group.
+
+    Groups, in order and left out where empty: "vector_bank" and "logits" (VB-LoRA; no weight decay, paper
+    Section 4.1), "adapter" (the parameters of other methods), "weights" (everything else that is a matrix)
+    and "biases" (everything else that is a vector: biases and norms; no weight decay).
+
+    Args:
+        model: the adapted model, or any other.
+        lr: learning rate of heads, and of all that is trained without an adapter.
+        lr_vector_bank: learning rate of the bank; required for VB-LoRA.
+        lr_logits: learning rate of the logits; required for VB-LoRA.
+        lr_adapter: learning rate of other methods' parameters; `lr` unless given.
+        weight_decay: AdamW's, for "adapter" and "weights".
+
+    Raises:
+        ValueError: nothing is trainable, a rate is missing, or a rate is given for parameters there are none of.
+    """
+    members = _members(model)
+    rates = {
+        "vector_bank": lr_vector_bank,
+        "logits": lr_logits,
+        "adapter": lr if lr_adapter is None else lr_adapter,
+        "weights": lr,
+        "biases": lr,
+    }
+    given = {"vector_bank": lr_vector_bank, "logits": lr_logits, "adapter": lr_adapter}
+    for name, rate in given.items():
+        if rate is not None and not members[name]:
+            raise ValueError(f"lr_{name} is given, but the model has no trainable {name} parameters")
+    groups = []
+    for name, parameters in members.items():
+        if not parameters:
+            continue
+        rate = rates[name]
+        if rate is None:
+            raise ValueError(f"lr_{name} is missing: VB-LoRA trains its {name} at a learning rate of its own")
+        decay = weight_decay if name in ("adapter", "weights") else 0.0
+        groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
+    if not groups:
+        raise ValueError("no parameter of the model is trainable: attach an adapter first")
+    return groups
+
+
+def _members(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    members: dict[str, list[nn.Parameter]] = {
+        name: [] for name in ("vector_bank", "logits", "adapter", "weights", "biases")
+    }
+    adapter_names, bank_ids = _adapter_parameters(model)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if owner_of(parameter) is not None:
+            members["logits"].append(parameter)
+        elif id(parameter) in bank_ids:
+            members["vector_bank"].append(parameter)
+        elif name in adapter_names:
+            members["adapter"].append(parameter)
+        else:
+            members["weights" if parameter.ndim > 1 else "biases"].append(parameter)
+    return members
+
+
+def _adapter_parameters(model: nn.Module) -> tuple[set[str], set[int]]:
+    """Names of all adapters' parameters (ours, and PEFT's by its prefixes), and which of them are banks."""
+    from vblora.adapter import Adapter
+    from vblora.methods.peft_bridge import peft_parameter_names
+
+    names = set(peft_parameter_names(model))
+    banks = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, Adapter):
+            names |= {f"{prefix}.{name}" for name, _ in module.named_parameters()}
+            banks |= {id(p) for name, p in module.named_parameters() if name == "vector_bank"}
+    return names, banks
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that trains VB-LoRA's logits exactly as dense AdamW over all h of them would.
+
+    Only the k selected logits of a sub-vector have a gradient, but under AdamW an entry goes on moving by its
+    momentum after it has left the selection, and weight decay shrinks all of them. So per sub-vector
+
+        g = 0 but at the selected entries;  m, v, z: AdamW's update over all h entries;  then select again.
+
+    Every other parameter is updated by torch.optim.AdamW itself. Gradient clipping and gradient accumulation
+    work on the selected logits, whose norm is the dense gradient's norm. The state_dict holds the logits'
+    moments as (N, h) tensors; the logits themselves are in the model's state_dict.
+
+    Args:
+        params: parameters or groups, as from `vblora.param_groups`.
+        lr, betas, eps, weight_decay, foreach: as in torch.optim.AdamW.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        foreach: bool | None = None,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                adapter = owner_of(parameter)
+                if adapter is not None:
+                    adapter._require_logits()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of everything that has a gradient, then a new selection."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        selected = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                adapter = owner_of(parameter)
+                if adapter is not None and parameter.grad is not None:
+                    selected.append((group, parameter, adapter, parameter.grad))
+                    parameter.grad = None  # so that torch's own step passes it over
+        super().step()
+        for group, parameter, adapter, gradient in selected:
+            parameter.grad = gradient
+            self._step_logits(group, parameter, adapter)
+        return loss
+
+    def _step_logits(self, group: dict[str, Any], parameter: nn.Parameter, adapter: VBLoRA) -> None:
+        gradient = parameter.grad  # (N, k)
+        assert gradient is not None
+        logits = adapter._require_logits()  # (N, h)
+        indices = adapter.topk_indices  # (N, k)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(logits)
+            state["exp_avg_sq"] = torch.zeros_like(logits)
+        state["step"] += 1
+        step = float(state["step"])
+        beta1, beta2 = group["betas"]
+        lr = float(group["lr"])
+
+        logits.scatter_(1, indices, parameter.detach())  # the selected entries live in the parameter
+        logits.mul_(1 - lr * group["weight_decay"])
+        mean = state["exp_avg"].mul_(beta1).scatter_add_(1, indices, gradient * (1 - beta1))
+        square = state["exp_avg_sq"].mul_(beta2).scatter_add_(1, indices, gradient.square() * (1 - beta2))
+        denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
+        logits.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        adapter.select(logits)

@@ -1,0 +1,153 @@
+"""Which layers of a model an adapter goes to, and their shapes. The matching rules are PEFT's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from vblora.config import AdapterConfig
+from vblora.counting import LayerShape
+
+# Attribute names of classification heads in transformers (PEFT's SEQ_CLS_HEAD_NAMES).
+HEAD_NAMES = ("score", "classifier")
+
+
+def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The layers that `config` names, by their full names, in the model's order.
+
+    Raises:
+        ValueError: nothing matched, or a match is no linear layer.
+    """
+    names = dict(model.named_modules())
+    saved = find_saved(model, config)
+    inside_saved = tuple(f"{name}." for name in saved)
+    if config.target_modules == "all-linear":
+        output_layers = _output_layers(model)
+        matched = [n for n, m in names.items() if is_linear(m) and n not in output_layers]
+    else:
+        matched = [n for n in names if n and _is_target(config, n)]
+    targets = {
+        n: names[n]
+        for n in matched
+        if n not in saved and not n.startswith(inside_saved) and not _is_excluded(config, n)
+    }
+    if not targets:
+        known = sorted({n.rpartition(".")[2] for n, m in names.items() if is_linear(m)})
+        raise ValueError(
+            f"target_modules {config.target_modules!r} match no layer of {type(model).__name__}; "
+            f"its linear layers end in: {', '.join(known) or 'none'}"
+        )
+    for name, module in targets.items():
+        if not is_linear(module):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}; an adapter needs nn.Linear, Conv1D or a bitsandbytes layer"
+            )
+    return targets
+
+
+def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
+    """The modules of `modules_to_save`, outermost only.
+
+    Raises:
+        ValueError: no name of the list is a module of the model. (Single names may be absent: PEFT writes
+            both usual names of a classification head into its files.)
+    """
+    wanted = config.modules_to_save or []
+    saved: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if any(name == w or name.endswith(f".{w}") for w in wanted):
+            if not name.startswith(tuple(f"{outer}." for outer in saved)):
+                saved[name] = module
+    if wanted and not saved:
+        known = [name for name, _ in model.named_children()]
+        raise ValueError(
+            f"modules_to_save {wanted} name no module of {type(model).__name__} (it has: {', '.join(known)})"
+        )
+    return saved
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear and what derives from it (bitsandbytes' 4- and 8-bit layers), or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D, whose weight is stored as (in, out); told by its name to need no import."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """A layer whose weight is packed in 4 or 8 bits (bitsandbytes; 4 bits may be stored as bfloat16)."""
+    weight = weight_of(module)
+    return not weight.is_floating_point() or type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def full_weight(module: nn.Module) -> Tensor:
+    """The weight as floating point (out, in) whatever the layer: dequantised, Conv1D's transposed."""
+    weight = weight_of(module)
+    if weight.is_meta:
+        raise ValueError("the weights are offloaded, and their singular factors need them in memory")
+    if is_quantized(module):
+        from peft.utils.integrations import dequantize_module_weight
+
+        return dequantize_module_weight(module).detach()
+    return weight.detach().T if is_conv1d(module) else weight.detach()
+
+
+def layer_shape(name: str, module: nn.Module) -> LayerShape:
+    """The layer's name and its input and output width."""
+    if is_conv1d(module):
+        in_features, out_features = weight_of(module).shape
+        return LayerShape(name, in_features, out_features)
+    assert isinstance(module, nn.Linear)
+    return LayerShape(name, module.in_features, module.out_features)
+
+
+def _is_target(config: AdapterConfig, name: str) -> bool:
+    wanted = config.target_modules
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    assert wanted is not None
+    if name in wanted:
+        return True
+    return any(name.endswith(f".{w}") for w in wanted) and _in_layers(config, name)
+
+
+def _is_excluded(config: AdapterConfig, name: str) -> bool:
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return any(name == e or name.endswith(f".{e}") for e in excluded or [])
+
+
+def _in_layers(config: AdapterConfig, name: str) -> bool:
+    """Whether the layer's number is among `layers_to_transform`: the first number after the pattern counts."""
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return True
+    patterns = config.layers_pattern or [r"[^.]*"]
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _output_layers(model: nn.Module) -> set[str]:
+    """Names under the model's output layer: the language-model head, else the classification head."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if get_output is not None else None
+    heads: Iterator[nn.Module | None]
+    heads = iter([output]) if output is not None else (getattr(model, name, None) for name in HEAD_NAMES)
+    outside = [head for head in heads if isinstance(head, nn.Module)]
+    return {
+        name for name, module in model.named_modules() if any(module in set(o.modules()) for o in outside)
+    }
