@@ -37,12 +37,8 @@ def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
     Raises:
         ValueError: PEFT is missing, or does not have the method or a field.
     """
-    mapping = _peft().PEFT_TYPE_TO_CONFIG_MAPPING
-    peft_type, extra = VARIANTS.get(method, (method.removeprefix("peft_").upper(), {}))
-    if peft_type not in mapping:
-        known = sorted({str(t.value).lower() for t in mapping} | set(VARIANTS))
-        raise ValueError(f"PEFT has no method {method!r} (it has: {', '.join(known)})")
-    config_class = mapping[peft_type]
+    config_class = peft_config_class(method)
+    extra = VARIANTS[method][1] if method in VARIANTS else {}
     fields = config_class.__dataclass_fields__
     if unknown := sorted(set(settings) - set(fields)):
         raise ValueError(f"PEFT's {config_class.__name__} has no field {', '.join(unknown)}")
@@ -50,6 +46,20 @@ def peft_config(method: str, settings: dict[str, Any]) -> PeftConfig:
         return config_class(**{**extra, **settings})
     except TypeError as error:
         raise ValueError(f"PEFT's {config_class.__name__}: {error}") from error
+
+
+def peft_config_class(method: str) -> Any:
+    """The class of PEFT's configuration of a method.
+
+    Raises:
+        ValueError: PEFT is missing, or does not have the method.
+    """
+    mapping = _peft().PEFT_TYPE_TO_CONFIG_MAPPING
+    peft_type = VARIANTS[method][0] if method in VARIANTS else method.removeprefix("peft_").upper()
+    if peft_type not in mapping:
+        known = sorted({str(t.value).lower() for t in mapping} | set(VARIANTS))
+        raise ValueError(f"PEFT has no method {method!r} (it has: {', '.join(known)})")
+    return mapping[peft_type]
 
 
 def peft_config_from_dict(values: dict[str, Any]) -> PeftConfig:
@@ -71,7 +81,7 @@ class PeftAdapter:
     def save(self, directory: str | Path, *, form: str = "topk") -> None:
         """Write PEFT's directory. `form` matters to PEFT's VB-LoRA alone."""
         if self.config.peft_type == "VBLORA":
-            self.config.save_only_topk_weights = form == "topk"
+            self.config.save_only_topk_weights = form == "topk"  # type: ignore[attr-defined]
         self.model.save_pretrained(str(directory))
 
     def stored_parameters(self) -> Count:

@@ -10,7 +10,7 @@ from torch import nn
 
 from vblora.adapter import Adapter, attach
 from vblora.counting import Count, count_full
-from vblora.methods.peft_bridge import PeftAdapter, peft_config, peft_config_from_dict
+from vblora.methods.peft_bridge import PeftAdapter, peft_config, peft_config_class, peft_config_from_dict
 
 OWN_METHODS = {config.method: config for config in Adapter.methods}
 
@@ -73,6 +73,15 @@ def apply_method(model: nn.Module, method: str, settings: dict[str, Any]) -> Ada
     else:
         bridge = PeftAdapter(model, peft_config(method, settings))
     return Adapted(bridge.model, bridge)
+
+
+def field_names(method: str) -> set[str]:
+    """The settings a method has, by their names; none for full fine-tuning and for a JSON file."""
+    if method == "full" or method.endswith(".json"):
+        return set()
+    if method in OWN_METHODS:
+        return set(OWN_METHODS[method].__dataclass_fields__)
+    return set(peft_config_class(method).__dataclass_fields__)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ to go on training). The other methods have one form.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -93,14 +94,46 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
         ValueError: the files are damaged, hold something else, or do not fit the model; the message names
             what is wrong. The model is as it was.
     """
-    directory = Path(directory)
-    config, is_peft = read_config(directory)
-    tensors, metadata = read_tensors(directory / TENSOR_FILE)
-    adapter_class = Adapter.methods[type(config)]
-    targets = find_targets(model, config)
-    saved = find_saved(model, config)
+    config, is_peft = read_config(Path(directory))
+    targets, saved = find_targets(model, config), find_saved(model, config)
     shapes = [layer_shape(layer, module) for layer, module in targets.items()]
-    where = directory / TENSOR_FILE
+    content = _read_content(Path(directory), config, is_peft, shapes, saved)
+    adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
+    _take_over(adapter, content)
+    return adapter
+
+
+def restore(adapter: Adapter, directory: str | Path) -> None:
+    """Put the values in a directory into an adapter that is attached already, as when training is resumed.
+
+    Raises:
+        ValueError: as in `load`, or the settings differ. The adapter is as it was.
+    """
+    config, is_peft = read_config(Path(directory))
+    ours, theirs = adapter.config.to_dict(), config.to_dict()
+    if type(config) is not type(adapter.config) or ours != theirs:
+        changed = [key for key in ours if ours[key] != theirs.get(key)]
+        raise ValueError(f"{directory} has other settings than this run: {', '.join(changed) or config.method}")
+    _take_over(adapter, _read_content(Path(directory), config, is_peft, adapter.shapes, adapter.saved))
+
+
+class _Content(NamedTuple):
+    """A file's tensors under our names, its heads, and its metadata; all of it checked."""
+
+    native: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def _read_content(
+    directory: Path,
+    config: AdapterConfig,
+    is_peft: bool,
+    shapes: Sequence[LayerShape],
+    saved: dict[str, nn.Module],
+) -> _Content:
+    path = directory / TENSOR_FILE
+    tensors, metadata = read_tensors(path)
     try:
         if is_peft:
             assert isinstance(config, VBLoRAConfig)
@@ -109,18 +142,20 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
         else:
             native = {key: t for key, t in tensors.items() if not key.startswith(HEAD_PREFIX)}
             heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key not in native}
-        check_tensors(native, adapter_class.spec(config, shapes, form_of(native)))
+        check_tensors(native, Adapter.methods[type(config)].spec(config, shapes, form_of(native)))
         _check_heads(heads, _head_tensors(saved))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    adapter = install(model, adapter_class(config, targets, None), name, saved)
-    adapter.load_tensors(native)
+        raise ValueError(f"{path}: {error}") from error
+    return _Content(native, heads, metadata)
+
+
+def _take_over(adapter: Adapter, content: _Content) -> None:
+    adapter.load_tensors(content.native)
     with torch.no_grad():
-        for key, parameter in _head_tensors(saved).items():
-            parameter.copy_(heads[key])
-    if "init_seed" in metadata and metadata["init_seed"].isdecimal():
-        adapter.init_seed = int(metadata["init_seed"])
-    return adapter
+        for key, parameter in _head_tensors(adapter.saved).items():
+            parameter.copy_(content.heads[key])
+    seed = content.metadata.get("init_seed", "")
+    adapter.init_seed = int(seed) if seed.isdecimal() else None
 
 
 def read_config(directory: Path) -> tuple[AdapterConfig, bool]:

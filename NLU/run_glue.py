@@ -1,0 +1,222 @@
+"""Fine-tune an encoder on one GLUE task, by any method, and write a record of the run.
+
+    python NLU/run_glue.py --model_name_or_path roberta-base --task cola --targets all --output_dir runs/cola
+    python NLU/run_glue.py --row roberta_base/cola/all            # the same with Table 7's values
+    python NLU/run_glue.py --row roberta_base/cola/all --model_name_or_path DIR --data_dir DIR --num_train_epochs 3
+
+Takes every flag of Hugging Face's TrainingArguments besides its own. Flags after --row override the row. A run that
+has a record is not run again; one that was interrupted goes on from its last checkpoint.
+
+The output folder receives last/ and best/ (the adapter and the head after the last and the best epoch), run.json
+(the settings), record.json (the result) and the trainer's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
+
+from glue_data import TaskData, load_task, tokenize
+from glue_tasks import Task, compute_metrics, get_task
+from hyperparameters import TARGETS, row
+from vblora.methods.switch import Adapted, apply_method
+from vblora.training import commands, records
+from vblora.training.arguments import MethodArguments, given
+from vblora.training.trainer import AdapterTrainer, KeepBest
+
+# What a run does unless told otherwise: one evaluation and one checkpoint per epoch.
+DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_strategy": "epoch",
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "lr_scheduler_type": "linear",
+    "restore_callback_states_from_checkpoint": True,
+}
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "glue"
+
+
+@dataclass
+class GlueArguments:
+    """The task, its data and the model."""
+
+    task: str = field(metadata={"help": "cola, sst2, mrpc, qnli, rte, stsb or mnli"})
+    model_name_or_path: str = field(metadata={"help": "an encoder: a name on the hub or a local folder"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with the task's files (.tsv, .csv, .jsonl); the hub unless given"}
+    )
+    targets: str = field(
+        default="all", metadata={"help": f"layers to adapt: {' or '.join(TARGETS)}, or a regular expression"}
+    )
+    max_length: int = field(default=128, metadata={"help": "tokens per example; longer ones are cut"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on this many rows only"})
+    head: str = field(default="classifier", metadata={"help": "the module trained in full beside the adapter"})
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Run, and return the record."""
+    glue, method, training = parse(arguments)
+    task = get_task(glue.task)
+    out = Path(str(training.output_dir))
+    plan = {**given(glue), **given(method), **_chosen(training)}
+    plan["model_name_or_path"] = model_name(glue.model_name_or_path)
+    if done := records.begin(out, plan):
+        print(f"{out} is finished already: {_summary(done)}")
+        return done
+
+    set_seed(training.seed)
+    data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
+    adapted, tokenizer = build(glue, method, task)
+    trainer = make_trainer(glue, method, training, data, adapted, tokenizer, out)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    adapted.adapter.save(str(out / "last"))
+    record = make_record(plan, task, data, trainer, out)
+    records.finish(out, record)
+    print(_summary(record))
+    return record
+
+
+def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
+    """The arguments, after the row they name and this script's defaults."""
+    if "--row" in arguments:
+        arguments = _with_row(arguments)
+    parser = HfArgumentParser([GlueArguments, MethodArguments, TrainingArguments])  # type: ignore[arg-type]
+    parser.set_defaults(**DEFAULTS)
+    known = parser.parse_args(arguments)
+    if known.output_dir is None:
+        name = f"{model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
+        arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
+    glue, method, training = parser.parse_args_into_dataclasses(arguments)
+    # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
+    # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
+    training._n_gpu = min(training.n_gpu, 1)
+    return glue, method, training
+
+
+def _with_row(arguments: list[str]) -> list[str]:
+    """The flags of the row that --row names, in front of the other flags."""
+    at = arguments.index("--row")
+    name = arguments[at + 1] if at + 1 < len(arguments) else ""
+    if name.count("/") != 2:
+        raise ValueError(f"--row takes MODEL/TASK/TARGETS, for example roberta_base/cola/all, not {name!r}")
+    rest = arguments[:at] + arguments[at + 2 :]
+    flags = row(*name.split("/"))
+    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))] + rest
+
+
+def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Adapted, Any]:
+    """The model with its adapter, and the tokenizer."""
+    name = glue.model_name_or_path
+    flag = "--model_name_or_path DIR"
+    tokenizer = commands.from_hub(lambda: AutoTokenizer.from_pretrained(name), name, flag)
+    model = commands.from_hub(
+        lambda: AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.num_labels), name, flag
+    )
+    settings = method.settings(TARGETS.get(glue.targets, glue.targets), [glue.head])
+    return apply_method(model, method.method, settings), tokenizer
+
+
+def make_trainer(
+    glue: GlueArguments,
+    method: MethodArguments,
+    training: TrainingArguments,
+    data: TaskData,
+    adapted: Adapted,
+    tokenizer: Any,
+    out: Path,
+) -> AdapterTrainer:
+    """The trainer, with the rows tokenized once and padded batch by batch to their longest."""
+
+    def scores(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        guesses = np.squeeze(logits, -1) if data.task.is_regression else np.argmax(logits, axis=-1)
+        return compute_metrics(data.task.name, guesses, np.asarray(prediction.label_ids))
+
+    trainer = AdapterTrainer(
+        adapted,
+        method.rates(),
+        training,
+        train_dataset=tokenize(data["train"], tokenizer, glue.max_length),
+        eval_dataset=tokenize(data["validation"], tokenizer, glue.max_length),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=scores,
+    )
+    trainer.add_callback(KeepBest(adapted.adapter, data.task.metric, out / "best"))
+    return trainer
+
+
+def make_record(
+    plan: dict[str, Any], task: Task, data: TaskData, trainer: AdapterTrainer, out: Path
+) -> dict[str, Any]:
+    """Everything there is to know of the run."""
+    adapter, steps, seconds = trainer.adapter, trainer.state.global_step, trainer.clock.seconds
+    examples = trainer.state.num_train_epochs * len(data["train"])
+    return {
+        "experiment": "glue",
+        "task": task.name,
+        "model": plan["model_name_or_path"],
+        "method": plan["method"],
+        "targets": plan["targets"],
+        "seed": plan.get("seed", trainer.args.seed),
+        "settings": {k: v for k, v in plan.items() if k not in records.FREE_TO_CHANGE},
+        "data": {
+            "fingerprint": data.fingerprint,
+            "train_rows": len(data["train"]),
+            "validation_rows": len(data["validation"]),
+        },
+        "scores": records.scores(trainer.state.log_history, task.metric),
+        "stored_parameters": adapter.stored_parameters()._asdict(),
+        "head_parameters": adapter.head_parameters(),
+        "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
+        "steps": steps,
+        "train_seconds": round(seconds, 1),
+        "examples_per_second": round(examples / seconds, 1),
+        "peak_memory_mib": records.peak_memory_mib(),
+        **records.environment(),
+    }
+
+
+def model_name(name_or_path: str) -> str:
+    """What a record calls a model: its name on the hub, or its folder's name without the path to it."""
+    return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path
+
+
+def _chosen(training: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that are not at their default, and those that decide the result."""
+    defaults = {f.name: f.default for f in dataclasses.fields(training)}
+    values = {name: getattr(training, name) for name in defaults}
+    always = ("seed", "learning_rate", "num_train_epochs", "weight_decay")
+    plain = {n: v for n, v in values.items() if isinstance(v, (str, int, float, bool)) and n != "output_dir"}
+    return {n: getattr(v, "value", v) for n, v in plain.items() if n in always or v != defaults[n]}
+
+
+def _summary(record: dict[str, Any]) -> str:
+    scores = record["scores"]
+    metric, last, best = scores["metric"], scores["last"], scores["best"]
+    return (
+        f"{record['task']} {record['method']}: {metric} {last[metric]:.4f} at the last epoch, "
+        f"{best[metric]:.4f} at the best (epoch {best['epoch']:g}); "
+        f"{record['stored_parameters']['parameters']:,} stored parameters, {record['bytes_on_disk']:,} bytes on disk"
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands.run(main, "run_glue")

@@ -1,0 +1,86 @@
+"""The flags that choose a method and its settings, the same in every task folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vblora.methods.switch import field_names, parse_settings
+
+# Which field of a method's configuration a flag sets: the first of these that the configuration has.
+FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
+    "rank": ("r",),
+    "topk": ("topk",),
+    "num_vectors": ("num_vectors",),
+    "vector_length": ("vector_length",),
+    "init_logits_std": ("init_logits_std",),
+    "init_vector_bank_bound": ("init_vector_bank_bound",),
+    "lora_alpha": ("lora_alpha",),
+    "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
+}
+# Learning rates of VB-LoRA in all the paper's experiments (Tables 7, 8 and 9).
+PAPER_LR_VECTOR_BANK = 1e-3
+PAPER_LR_LOGITS = 1e-2
+
+
+def _flag(help_text: str) -> Any:
+    return field(default=None, metadata={"help": help_text})
+
+
+@dataclass
+class MethodArguments:
+    """Which method, with which settings. A flag that the method has no use for is refused."""
+
+    method: str = field(
+        default="vblora",
+        metadata={
+            "help": "full, vblora, tied_lora, lora_xs, a method of PEFT (lora, vera, dora, olora, ...), "
+            "or the path of a PEFT configuration as JSON"
+        },
+    )
+    method_settings: str | None = _flag('further settings of the method as JSON, such as \'{"use_rslora": true}\'')
+    rank: int | None = _flag("rank r")
+    topk: int | None = _flag("k, the vectors mixed into a sub-vector")
+    num_vectors: int | None = _flag("h, the vectors in the bank")
+    vector_length: int | None = _flag("b, the length of a sub-vector")
+    init_logits_std: float | None = _flag("standard deviation of the initial logits")
+    init_vector_bank_bound: float | None = _flag("bound of the initial bank")
+    lora_alpha: float | None = _flag("scaling: alpha / r, where the method has one")
+    adapter_dropout: float | None = _flag("dropout on the factors' input")
+    learning_rate_vector_bank: float | None = _flag(f"of the bank; {PAPER_LR_VECTOR_BANK} unless given")
+    learning_rate_logits: float | None = _flag(f"of the logits; {PAPER_LR_LOGITS} unless given")
+    learning_rate_adapter: float | None = _flag("of other methods' parameters; --learning_rate unless given")
+
+    def settings(self, target_modules: list[str] | str, modules_to_save: list[str] | None) -> dict[str, Any]:
+        """The method's settings as `vblora.methods.switch.apply_method` takes them.
+
+        Raises:
+            ValueError: a flag the method has no use for.
+        """
+        known = field_names(self.method)
+        chosen: dict[str, Any] = {"target_modules": target_modules, "modules_to_save": modules_to_save}
+        for flag, names in FIELDS_OF_FLAG.items():
+            value = getattr(self, flag)
+            if value is None:
+                continue
+            name = next((name for name in names if name in known), None)
+            if name is None:
+                raise ValueError(f"--{flag} does nothing with --method {self.method}: leave it out")
+            chosen[name] = value
+        if self.method_settings is not None:
+            chosen |= parse_settings(self.method_settings)
+        return chosen
+
+    def rates(self) -> dict[str, float | None]:
+        """The learning rates as `vblora.param_groups` takes them, beside the head's."""
+        bank, logits = self.learning_rate_vector_bank, self.learning_rate_logits
+        if self.method == "vblora":
+            bank = PAPER_LR_VECTOR_BANK if bank is None else bank
+            logits = PAPER_LR_LOGITS if logits is None else logits
+        return {"lr_vector_bank": bank, "lr_logits": logits, "lr_adapter": self.learning_rate_adapter}
+
+
+def given(arguments: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are set to something."""
+    values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
+    return {name: value for name, value in values.items() if value is not None}

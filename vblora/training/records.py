@@ -1,0 +1,123 @@
+"""The record of a run: all that is needed to read its result, or to do it again."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vblora.storage.files import read_json, write_json
+
+RECORD_FILE = "record.json"
+PLAN_FILE = "run.json"
+PACKAGES = ("vblora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+# What may differ when a run goes on where it stopped: where things are, and how they are shown.
+FREE_TO_CHANGE = {"output_dir", "logging_dir", "disable_tqdm", "report_to", "resume_from_checkpoint", "data_dir"}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "device": device_name(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor and the threads PyTorch uses of it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The commit of this code, with "+" where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    revision = git("rev-parse", "--short=12", "HEAD")
+    return revision if revision is None or not git("status", "--porcelain", "--untracked-files=no") else revision + "+"
+
+
+def peak_memory_mib() -> int:
+    """The most memory held: the accelerator's where there is one, else the whole process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
+def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Start, or go on with, the run of this plan in a directory.
+
+    Returns:
+        The record, where the run has been finished already; else None.
+
+    Raises:
+        ValueError: the directory holds a run of another plan.
+    """
+    if (directory / PLAN_FILE).exists():
+        changed = _differences(read_json(directory / PLAN_FILE), plan)
+        if changed:
+            raise ValueError(
+                f"{directory} holds a run with other settings ({changed}): give another --output_dir, or remove it"
+            )
+        if (directory / RECORD_FILE).exists():
+            return read_json(directory / RECORD_FILE)
+    write_json(directory / PLAN_FILE, plan)
+    return None
+
+
+def finish(directory: Path, record: dict[str, Any]) -> None:
+    """Write the record of a run that has come to its end."""
+    write_json(directory / RECORD_FILE, record)
+
+
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint of an interrupted run."""
+    found = {int(p.name.removeprefix("checkpoint-")): p for p in directory.glob("checkpoint-[0-9]*") if p.is_dir()}
+    complete = [step for step, path in found.items() if (path / "trainer_state.json").exists()]
+    return str(found[max(complete)]) if complete else None
+
+
+def scores(log_history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Scores per epoch, at the last epoch and at the best one, from the trainer's log."""
+    epochs = [
+        {"epoch": entry["epoch"], **{k.removeprefix("eval_"): v for k, v in entry.items() if _is_score(k)}}
+        for entry in log_history
+        if f"eval_{metric}" in entry
+    ]
+    if not epochs:
+        raise ValueError("the run was never evaluated: leave --eval_strategy at epoch")
+    return {"metric": metric, "last": epochs[-1], "best": max(epochs, key=lambda e: e[metric]), "epochs": epochs}
+
+
+def _is_score(key: str) -> bool:
+    timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+    return key.startswith("eval_") and key not in timings
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
+    return ", ".join(f"{k}: {before.get(k)} before, {now.get(k)} now" for k in keys if before.get(k) != now.get(k))

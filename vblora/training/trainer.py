@@ -1,0 +1,102 @@
+"""Hugging Face's Trainer with VB-LoRA's optimiser, and checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from vblora.adapter import Adapter
+from vblora.methods.switch import Adapted, AnyAdapter
+from vblora.optim import AdamW, param_groups
+from vblora.storage import restore
+
+
+class AdapterTrainer(Trainer):
+    """Trains an adapted model of any method.
+
+    Two things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, and a checkpoint
+    of one of our adapters is the adapter in its full form, not the whole model.
+
+    Args:
+        adapted: what `vblora.methods.switch.apply_method` gave.
+        rates: learning rates beside `args.learning_rate`, as `vblora.param_groups` takes them.
+        args: the training arguments.
+        others: passed on to Trainer.
+    """
+
+    def __init__(
+        self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
+    ) -> None:
+        super().__init__(model=adapted.model, args=args, **others)
+        self.adapter = adapted.adapter
+        self.rates = dict(rates)
+        self.clock = TrainingClock()
+        self.add_callback(self.clock)
+        self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            groups = self._groups(model or self.model)
+            self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+        return self.optimizer
+
+    def _groups(self, model: nn.Module | None) -> list[dict[str, Any]]:
+        assert model is not None
+        return param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay, **self.rates)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not isinstance(self.adapter, Adapter):
+            super()._save(output_dir, state_dict)
+            return
+        directory = Path(output_dir or str(self.args.output_dir))
+        self.adapter.save(str(directory), form="full")
+        torch.save(self.args, directory / "training_args.bin")  # as Trainer does; never read back here
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.adapter, Adapter):
+            restore(self.adapter, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds spent training, without evaluation, also over several sessions of one run."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._began = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._began
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+
+class KeepBest(TrainerCallback):
+    """Saves the adapter whenever an evaluation beats all before it, as the paper takes each run's best epoch."""
+
+    def __init__(self, adapter: AnyAdapter, metric: str, directory: Path) -> None:
+        self.adapter = adapter
+        self.metric = f"eval_{metric}"
+        self.directory = directory
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        scores = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        if scores and scores[-1] > max(scores[:-1], default=float("-inf")):
+            self.adapter.save(str(self.directory))
