@@ -2,14 +2,15 @@
 
     python NLU/generate_cola.py DIR [--train N] [--dev N] [--seed S]
 
-DIR receives train.tsv, dev_in_domain.tsv and dev_out_of_domain.tsv: four tab-separated columns without a header
-(source, label, mark, sentence), half of the rows acceptable (label 1) and half not (label 0, mark "*").
+DIR receives train.tsv, dev_in_domain.tsv and dev_out_of_domain.tsv: four tab-separated columns without a
+header (source, label, mark, sentence), half of the rows acceptable (label 1) and half not (label 0, mark
+"*").
 
-Every sentence comes as one half of a minimal pair built by one of the phenomena below, such as "The key near the
-cabinets is old" and "*The key near the cabinets are old". Each phenomenon is arranged so that no single word speaks
-for or against a sentence: what is right in one sentence is wrong in another, so word counts do not help and a
-model has to look at how the words go together. The out-of-domain part uses nouns, verbs, adjectives, names and
-opening phrases that train.tsv never does.
+Every sentence comes as one half of a minimal pair built by one of the phenomena below, such as "The key near
+the cabinets is old" and "*The key near the cabinets are old". Each phenomenon is arranged so that no single
+word speaks for or against a sentence: what is right in one sentence is wrong in another, so word counts do
+not help and a model has to look at how the words go together. The out-of-domain part uses nouns, verbs,
+adjectives, names and opening phrases that train.tsv never does.
 """
 
 from __future__ import annotations
@@ -211,8 +212,8 @@ REFLEXIVES = {"m": "himself", "f": "herself", "plural": "themselves"}
 class Words:
     """Draws words and phrases of one lexicon.
 
-    Only ``random.Random.random`` is used: its sequence for a seed is promised to stay the same in every version of
-    Python, and that of ``choice`` or ``shuffle`` is not.
+    Only ``random.Random.random`` is used: its sequence for a seed is promised to stay the same in every
+    version of Python, and that of ``choice`` or ``shuffle`` is not.
     """
 
     def __init__(self, lexicon: Lexicon, rng: random.Random) -> None:
@@ -276,7 +277,7 @@ def _sentence(text: str, mark: str = ".") -> str:
 
 
 def agreement(w: Words) -> Pair:
-    """The verb agrees with its subject, not with a noun that stands nearer: "The keys near the cabinet are old"."""
+    """The verb agrees with its subject, not with a nearer noun: "The keys near the cabinet are old"."""
     lexicon, plural = w.lexicon, w.chance()
     of_things = w.chance()
     nouns = lexicon.things if of_things else lexicon.all_people
@@ -296,7 +297,7 @@ def agreement(w: Words) -> Pair:
 
 
 def reflexive(w: Words) -> Pair:
-    """A reflexive is bound by the subject of its own clause: "Mary thinks that the king admires himself"."""
+    """A reflexive is bound by the subject of its own clause: "Mary said that the king admired himself"."""
     gender, plural = w.pick("mf"), w.chance(0.4)
     other_gender = "f" if gender == "m" else "m"
     other_plural = w.chance() if not plural else False
@@ -398,7 +399,7 @@ def question(w: Words) -> Pair:
 
 
 def filler_gap(w: Words) -> Pair:
-    """A wh-word needs a gap, and a gap needs a wh-word: "I know what Mary bought" against "that Mary bought"."""
+    """A wh-word and a gap need each other: "I know what Mary bought", "I know that Mary bought it"."""
     lexicon = w.lexicon
     subject, verb, thing = w.person().text, w.pick(lexicon.use), w.thing()
     knower = w.pick(("I know", "we know", f"{w.person(besides=(subject,)).text} knew", "you forgot"))
@@ -562,7 +563,8 @@ def _shuffled(rows: list[Row], rng: random.Random) -> list[Row]:
 
 
 def generate(train: int = 2000, dev: int = 500, seed: int = 0) -> dict[str, list[Row]]:
-    """The rows of each file. ``dev`` is divided 3 to 2 between the two development files; all sizes become even."""
+    """The rows of each file. ``dev`` is divided 3 to 2 between the two development files; all sizes become
+    even."""
     in_domain = dev * 3 // 5
     sizes = {"train.tsv": train, "dev_in_domain.tsv": in_domain, "dev_out_of_domain.tsv": dev - in_domain}
     rng = random.Random(seed)

@@ -6,10 +6,10 @@ A folder may hold, for training and development (the first of these that is ther
     train.csv   dev.csv     with a header
     train.jsonl dev.jsonl   one JSON object per line (.json: the same, or one list of objects)
 
-"validation" may stand for "dev". CoLA's raw form has no header and four columns; its development set may be one file
-or the two files dev_in_domain.tsv and dev_out_of_domain.tsv, which together are GLUE's (also under their first names,
-in_domain_train.tsv, in_domain_dev.tsv and out_of_domain_dev.tsv). A folder with GLUE's sub-folders (CoLA/, SST-2/)
-does as well.
+"validation" may stand for "dev". CoLA's raw form has no header and four columns; its development set may be
+one file or the two files dev_in_domain.tsv and dev_out_of_domain.tsv, which together are GLUE's (also under
+their first names, in_domain_train.tsv, in_domain_dev.tsv and out_of_domain_dev.tsv). A folder with GLUE's
+sub-folders (CoLA/, SST-2/) does as well.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ class Example(NamedTuple):
     label: int | float
 
 
+class Splits(NamedTuple):
+    train: list[Example] | None
+    validation: list[Example]
+
+
 @dataclass(frozen=True)
 class TaskData:
     """The splits "train" (None where it was not asked for and is not there) and "validation".
 
-    Columns: sentence1, sentence2 (tasks on pairs) and label. ``fingerprint`` is the sha256 of the rows in use, the
-    same for the same rows whatever files they came from.
+    Columns: sentence1, sentence2 (tasks on pairs) and label. ``fingerprint`` is the sha256 of the rows in
+    use, the same for the same rows whatever files they came from.
     """
 
     task: Task
@@ -59,12 +64,17 @@ class TaskData:
         return getattr(self, split)
 
 
-def load_task(task: str, data: str | Path | None = None, max_train: int | None = None, seed: int = 0,
-              need_train: bool = True) -> TaskData:
+def load_task(
+    task: str,
+    data: str | Path | None = None,
+    max_train: int | None = None,
+    seed: int = 0,
+    need_train: bool = True,
+) -> TaskData:
     """Read a task from the hub (``data`` None) or from the folder ``data``.
 
-    ``max_train`` keeps a random part of the training rows, the same one for the same seed. ValueErrors name the file
-    and line, or the columns or files that are missing.
+    ``max_train`` keeps a random part of the training rows, the same one for the same seed. ValueErrors name
+    the file and line, or the columns or files that are missing.
     """
     row = get_task(task)
     if max_train is not None and max_train < 1:
@@ -73,12 +83,17 @@ def load_task(task: str, data: str | Path | None = None, max_train: int | None =
     train = splits["train"]
     if train is not None and max_train is not None:
         train = _sample(train, max_train, seed)
-    return TaskData(row, None if train is None else _dataset(row, train), _dataset(row, splits["validation"]),
-                    _fingerprint(row, train, splits["validation"]))
+    return TaskData(
+        row,
+        None if train is None else _dataset(row, train),
+        _dataset(row, splits["validation"]),
+        _fingerprint(row, train, splits["validation"]),
+    )
 
 
 def tokenize(dataset: datasets.Dataset, tokenizer: Any, max_length: int) -> datasets.Dataset:
-    """What the model takes, plus ``labels``: truncated to ``max_length`` and not padded (pad per batch, later)."""
+    """What the model takes, plus ``labels``: truncated to ``max_length`` and not padded (pad per batch,
+    later)."""
     columns = dataset[:]
     texts = [list(columns[name]) for name in ("sentence1", "sentence2") if name in columns]
     encoded = tokenizer(*texts, truncation=True, max_length=max_length, padding=False)
@@ -125,7 +140,8 @@ def _reachable(url: str, patience: float) -> bool:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Let the libraries look into their cache only: left alone, they try an absent hub six times, for 23 seconds."""
+    """Let the libraries look into their cache only: left alone, they try an absent hub six times, for 23
+    seconds."""
     import huggingface_hub.constants
 
     modules = (huggingface_hub.constants, datasets.config)
@@ -139,7 +155,7 @@ def _offline() -> Iterator[None]:
             module.HF_HUB_OFFLINE = value
 
 
-def _from_hub(task: Task) -> dict[str, list[Example] | None]:
+def _from_hub(task: Task) -> Splits:
     from huggingface_hub.constants import ENDPOINT
 
     reachable = _reachable(ENDPOINT, HUB_PATIENCE)
@@ -147,22 +163,31 @@ def _from_hub(task: Task) -> dict[str, list[Example] | None]:
         with contextlib.nullcontext() if reachable else _offline():
             loaded = datasets.load_dataset(HUB_DATASET, task.hub_config)
     except (OSError, ValueError, RuntimeError) as error:
-        why = "the hub cannot be reached and its cache has no copy" if not reachable else str(error).split("\n")[0]
-        raise ValueError(f"{HUB_DATASET} ({task.hub_config}): {why}; "
-                         "for files of your own use --data_dir DIR") from error
+        why = (
+            "the hub cannot be reached and its cache has no copy"
+            if not reachable
+            else str(error).split("\n")[0]
+        )
+        raise ValueError(
+            f"{HUB_DATASET} ({task.hub_config}): {why}; for files of your own use --data_dir DIR"
+        ) from error
     validation = "validation_matched" if task.name == "mnli" else "validation"
     splits = {}
     for name, source in (("train", "train"), ("validation", validation)):
         where = f"{HUB_DATASET} ({task.hub_config}), {source}"
-        splits[name] = [_example(task, f"{where}, row {number}", [row[column] for column in task.text_columns],
-                                 row["label"]) for number, row in enumerate(loaded[source])]
+        splits[name] = [
+            _example(
+                task, f"{where}, row {number}", [row[column] for column in task.text_columns], row["label"]
+            )
+            for number, row in enumerate(loaded[source])
+        ]
     return splits
 
 
 # --------------------------------------------------------------------------------------- local files
 
 
-def _from_folder(task: Task, folder: Path, need_train: bool) -> dict[str, list[Example] | None]:
+def _from_folder(task: Task, folder: Path, need_train: bool) -> Splits:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not _find(folder, ("train", "in_domain_train")) and (folder / task.folder).is_dir():
@@ -176,8 +201,10 @@ def _from_folder(task: Task, folder: Path, need_train: bool) -> dict[str, list[E
         missing.append(f"development file ({dev_names})")
     if missing:
         raise ValueError(f"{folder}: no {' and no '.join(missing)} for {task.name}")
-    return {"train": _read_all(task, train_files) if train_files else None,
-            "validation": _read_all(task, dev_files)}
+    return {
+        "train": _read_all(task, train_files) if train_files else None,
+        "validation": _read_all(task, dev_files),
+    }
 
 
 def _find(folder: Path, stems: Iterable[str]) -> list[Path]:
@@ -200,12 +227,17 @@ def _dev_files(task: Task, folder: Path) -> tuple[list[Path], str]:
     found = _find(folder, task.dev_names)
     if found or task.name != "cola":
         return found, names
-    for pair in (("dev_in_domain.tsv", "dev_out_of_domain.tsv"), ("in_domain_dev.tsv", "out_of_domain_dev.tsv")):
+    for pair in (
+        ("dev_in_domain.tsv", "dev_out_of_domain.tsv"),
+        ("in_domain_dev.tsv", "out_of_domain_dev.tsv"),
+    ):
         present = [folder / name for name in pair if (folder / name).is_file()]
         if len(present) == 1:
             absent = next(name for name in pair if name != present[0].name)
-            raise ValueError(f"{folder}: {present[0].name} is there but {absent} is not; "
-                             "CoLA's development set is both together")
+            raise ValueError(
+                f"{folder}: {present[0].name} is there but {absent} is not; "
+                "CoLA's development set is both together"
+            )
         if present:
             return present, names
     return [], f"{names}, or dev_in_domain.tsv with dev_out_of_domain.tsv"
@@ -217,10 +249,8 @@ def _read_all(task: Task, paths: list[Path]) -> list[Example]:
 
 def _read(task: Task, path: Path) -> list[Example]:
     try:
-        if path.suffix in (".jsonl", ".json"):
-            examples = _read_json(task, path)
-        else:
-            examples = _read_table(task, path)
+        read = _read_json if path.suffix in (".jsonl", ".json") else _read_table
+        examples = read(task, path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not examples:
@@ -264,7 +294,8 @@ def _read_json(task: Task, path: Path) -> list[Example]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
     else:
-        # Not splitlines(): it also cuts at characters such as U+2028, which JSON strings may hold as they are.
+        # Not splitlines(): it also cuts at characters such as U+2028, which JSON strings may hold as they
+        # are.
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 where = f"{path}, line {number}"
@@ -281,16 +312,19 @@ def _read_json(task: Task, path: Path) -> list[Example]:
 
 
 def _columns(task: Task, where: object, header: list[str]) -> tuple[list[str], str]:
-    """The names under which the text and the label stand here: GLUE's file names, the hub's, or this project's."""
-    neutral = ["sentence1", "sentence2"][:len(task.text_columns)]
+    """The names under which the text and the label stand here: GLUE's file names, the hub's, or this
+    project's."""
+    neutral = ["sentence1", "sentence2"][: len(task.text_columns)]
     text_choices = [list(task.tsv_columns[:-1]), list(task.text_columns), neutral]
     label_choices = [*task.tsv_columns[-1:], "label", "labels", "score"]
     text = next((names for names in text_choices if names and set(names) <= set(header)), None)
     label = next((name for name in label_choices if name in header), None)
     if text is None or label is None:
         wanted = task.tsv_columns or (*task.text_columns, "label")
-        raise ValueError(f"{where}: {task.name} needs the columns {', '.join(wanted)} "
-                         f"(or {', '.join((*neutral, 'label'))}); found {', '.join(header)}")
+        raise ValueError(
+            f"{where}: {task.name} needs the columns {', '.join(wanted)} "
+            f"(or {', '.join((*neutral, 'label'))}); found {', '.join(header)}"
+        )
     return text, label
 
 
@@ -315,8 +349,10 @@ def _class(task: Task, where: str, label: Any) -> int:
     except (TypeError, ValueError):
         number = math.nan
     if isinstance(label, bool) or number not in range(task.num_labels):
-        raise ValueError(f"{where}: unknown label {label!r}; {task.name} has {', '.join(task.labels)} "
-                         f"(or 0 to {task.num_labels - 1})")
+        raise ValueError(
+            f"{where}: unknown label {label!r}; {task.name} has {', '.join(task.labels)} "
+            f"(or 0 to {task.num_labels - 1})"
+        )
     return int(number)
 
 

@@ -4,7 +4,8 @@
 
 prints one row as the flags of run_glue.py, one per line.
 
-Where the authors' published scripts differ from the paper, the paper's value is used and the script's is noted.
+Where the authors' published scripts differ from the paper, the paper's value is used and the script's is
+noted.
 """
 
 from __future__ import annotations
@@ -31,26 +32,34 @@ class Model:
 
 
 MODELS: dict[str, Model] = {
-    "roberta_base": Model("roberta-base", 512, {
-        "sst2": Setting(60, 4e-3),
-        "mrpc": Setting(30, 4e-3),  # the authors' script: 60 epochs
-        "cola": Setting(80, 2e-2),
-        "qnli": Setting(25, 1e-2),
-        "rte": Setting(160, 2e-2),
-        "stsb": Setting(80, 2e-2),
-    }),
-    "roberta_large": Model("roberta-large", 128, {
-        "sst2": Setting(20, 3e-3),
-        "mrpc": Setting(40, 3e-3),  # the authors' script: head learning rate 6e-3
-        "cola": Setting(40, 3e-3),
-        "qnli": Setting(20, 2e-3),
-        "rte": Setting(40, 2e-3),
-        "stsb": Setting(40, 6e-3),
-    }),
+    "roberta_base": Model(
+        "roberta-base",
+        512,
+        {
+            "sst2": Setting(60, 4e-3),
+            "mrpc": Setting(30, 4e-3),  # the authors' script: 60 epochs
+            "cola": Setting(80, 2e-2),
+            "qnli": Setting(25, 1e-2),
+            "rte": Setting(160, 2e-2),
+            "stsb": Setting(80, 2e-2),
+        },
+    ),
+    "roberta_large": Model(
+        "roberta-large",
+        128,
+        {
+            "sst2": Setting(20, 3e-3),
+            "mrpc": Setting(40, 3e-3),  # the authors' script: head learning rate 6e-3
+            "cola": Setting(40, 3e-3),
+            "qnli": Setting(20, 2e-3),
+            "rte": Setting(40, 2e-3),
+            "stsb": Setting(40, 6e-3),
+        },
+    ),
 }
 
-# The same in every row. The weight decay is for the head's weights alone; bank and logits have none. The standard
-# deviation of the logits is 0.01 in the authors' GLUE code and 0.1 in PEFT's default.
+# The same in every row. The weight decay is for the head's weights alone; bank and logits have none. The
+# standard deviation of the logits is 0.01 in the authors' GLUE code and 0.1 in PEFT's default.
 COMMON: dict[str, Any] = {
     "rank": 4,
     "topk": 2,
@@ -101,13 +110,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     usage = "usage: hyperparameters.py MODEL TASK TARGETS"
     if list(arguments) in (["-h"], ["--help"]):
-        print(f"{usage}\nmodels: {', '.join(MODELS)}\ntasks: {', '.join(MODELS['roberta_base'].tasks)}\n"
-              f"targets: {', '.join(TARGETS)}")
+        print(
+            f"{usage}\nmodels: {', '.join(MODELS)}\ntasks: {', '.join(MODELS['roberta_base'].tasks)}\n"
+            f"targets: {', '.join(TARGETS)}"
+        )
         return 0
     try:
         if len(arguments) != 3:
-            raise ValueError(f"{usage}; models: {', '.join(MODELS)}; "
-                             f"tasks: {', '.join(MODELS['roberta_base'].tasks)}; targets: {', '.join(TARGETS)}")
+            raise ValueError(
+                f"{usage}; models: {', '.join(MODELS)}; "
+                f"tasks: {', '.join(MODELS['roberta_base'].tasks)}; targets: {', '.join(TARGETS)}"
+            )
         flags = row(*arguments)
     except ValueError as error:
         print(f"hyperparameters.py: {error}", file=sys.stderr)

@@ -221,7 +221,13 @@ def peft_twin(base, adapter, **settings):
 
 def peft_tensors(twin):
     """PEFT's VB-LoRA parameters by the names of its files."""
-    return {n.removesuffix(".default"): p for n, p in twin.named_parameters() if ".vblora_" in n}
+    found = {}
+    for name, parameter in twin.named_parameters():
+        if "vblora_vector_bank" in name:  # one parameter, reachable through every layer
+            found[peft_format.BANK] = parameter
+        elif "vblora_logits" in name:
+            found[name.removesuffix(".default")] = parameter
+    return found
 
 
 def peft_native(twin, adapter, gradient=False):

@@ -30,6 +30,7 @@ from vblora.counting import Count, LayerShape
 from vblora.targets import find_saved, find_targets, is_conv1d, is_quantized, layer_shape, weight_of
 
 
+@torch.inference_mode(False)  # the adapter's own tensors must be normal ones, to be watched and trained
 def attach(
     model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None
 ) -> Adapter:
@@ -59,9 +60,12 @@ def attach(
     return install(model, adapter_class(config, targets, seed), name, saved)
 
 
+@torch.inference_mode(False)
 def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[str, nn.Module]) -> Adapter:
     """Put a ready adapter into the model; what `attach` and `vblora.load` end with."""
     name = name or f"{adapter.config.method}_adapter"
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} cannot be the name of an adapter: it becomes an attribute of the model")
     if hasattr(model, name):
         raise ValueError(f"the model already has {name!r}: detach it first, or use another name")
     adapter._install(model, name, saved)
@@ -104,9 +108,10 @@ class Adapter(nn.Module):
         self.saved: dict[str, nn.Module] = {}
         self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._trainable_before: list[str] = []
+        self._trainable_before: set[str] = set()  # before the first adapter of the model
         self._originals: dict[str, Tensor] | None = None  # base weights while merged
         self._merged = False
+        self._merged_over = 0  # adapters that were merged before this one
         self._enabled = True
         self._composition: _Composition | None = None
 
@@ -136,6 +141,10 @@ class Adapter(nn.Module):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Take over the tensors of a file, already checked against `spec`."""
         raise NotImplementedError  # pragma: no cover - every method has its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing: the adapter works through hooks. An nn.Sequential, though, calls each of its sub-modules."""
+        return x
 
     # -- what users call -----------------------------------------------------------------------------------------
 
@@ -173,7 +182,8 @@ class Adapter(nn.Module):
             reversible: keep the base weights (in CPU memory), so that `unmerge` restores them bit for bit.
 
         Raises:
-            ValueError: already merged, or a weight is quantised or offloaded. Nothing has been merged then.
+            ValueError: already merged, or a weight is quantised, offloaded or shared with another module. Nothing
+                has been merged then.
         """
         if self._merged:
             raise ValueError("the adapter is merged already")
@@ -185,6 +195,10 @@ class Adapter(nn.Module):
                 )
             if weight_of(module).is_meta:
                 raise ValueError(f"the weight of {name} is offloaded: load the base model in memory to merge")
+            if others := self._sharing(name):
+                raise ValueError(
+                    f"the weight of {name} is also that of {', '.join(others)}, which merging would change"
+                )
         factors = self.layer_factors()
         weights = {name: weight_of(module) for name, module in self.targets.items()}
         if reversible:
@@ -195,6 +209,7 @@ class Adapter(nn.Module):
             if is_conv1d(self.targets[name]):
                 delta = delta.T
             weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+        self._merged_over = sum(other._merged for other in self._others())
         self._merged = True
 
     @torch.no_grad()
@@ -204,6 +219,9 @@ class Adapter(nn.Module):
             raise ValueError("the adapter is not merged")
         if self._originals is None:
             raise ValueError("merged with reversible=False: the base weights were not kept")
+        for other in self._others():
+            if other._merged and other._merged_over > self._merged_over:
+                raise ValueError(f"{other.name} was merged after {self.name}: unmerge it first")
         for name, module in self.targets.items():
             weight_of(module).copy_(self._originals[name])
         self._merged, self._originals = False, None
@@ -215,10 +233,11 @@ class Adapter(nn.Module):
             handle.remove()
         self._handles.clear()
         delattr(model, name)
-        trainable = set(self._trainable_before)
+        others = self._others()
+        kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
         for parameter_name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(parameter_name in trainable)
+            if parameter.is_floating_point() and id(parameter) not in kept:
+                parameter.requires_grad_(not others and parameter_name in self._trainable_before)
         self._home = None
 
     def save(self, directory: str, *, form: str = "topk") -> None:
@@ -234,14 +253,19 @@ class Adapter(nn.Module):
     # -- how it sits in the model --------------------------------------------------------------------------------
 
     def _install(self, model: nn.Module, name: str, saved: dict[str, nn.Module]) -> None:
-        others = [module for module in model.children() if isinstance(module, Adapter)]
-        kept = {id(p) for module in (*others, *saved.values()) for p in module.parameters()}
-        self._trainable_before = [n for n, p in model.named_parameters() if p.requires_grad]
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(id(parameter) in kept)
         self.saved = saved
         self._home = (model, name)
+        others = self._others()
+        kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
+        heads = _parameter_ids(*saved.values())
+        self._trainable_before = (
+            others[0]._trainable_before
+            if others
+            else {n for n, p in model.named_parameters() if p.requires_grad}
+        )
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and (id(parameter) in heads or id(parameter) not in kept):
+                parameter.requires_grad_(id(parameter) in heads)
         self.train(model.training)
         self.to(_device_of(next(iter(self.targets.values()))))
         model.add_module(name, self)
@@ -252,17 +276,42 @@ class Adapter(nn.Module):
         for index, module in enumerate(self.targets.values()):
             self._handles.append(module.register_forward_hook(_LayerHook(self, index), with_kwargs=True))
 
+    def _others(self) -> list[Adapter]:
+        """The model's other adapters."""
+        model, _ = self._require_home()
+        return [module for module in model.children() if isinstance(module, Adapter) and module is not self]
+
+    def _sharing(self, name: str) -> list[str]:
+        """Other modules whose parameter is the very weight of this target."""
+        model, _ = self._require_home()
+        weight, target = weight_of(self.targets[name]), self.targets[name]
+        return [
+            other
+            for other, module in model.named_modules()
+            if module is not target and any(p is weight for p in module._parameters.values())
+        ]
+
     def _require_home(self) -> tuple[nn.Module, str]:
         if self._home is None:
             raise ValueError("the adapter is not attached to a model")
         return self._home
 
-    def _current(self) -> _Composition:
-        """The composition for now: the last one, unless a parameter changed or its graph has been used up."""
+    def _current(self, *, new_pass: bool = False) -> _Composition:
+        """The composition for now: the last one, unless a parameter changed or its graph has been used up.
+
+        A new forward pass gets a graph of its own, so that each of several passes can be gone back through alone.
+        What went through a backward pass serves no longer even without gradients: a step has probably followed,
+        and fused optimisers change parameters without PyTorch's version counter noticing.
+        """
         want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         state = self._state_key()
         last = self._composition
-        if last is None or last.state != state or (want_graph and (last.used or not last.has_graph)):
+        if (
+            last is None
+            or last.used
+            or last.state != state
+            or (want_graph and (new_pass or not last.has_graph))
+        ):
             self._composition = _Composition(self, state, want_graph)
         assert self._composition is not None
         return self._composition
@@ -277,8 +326,9 @@ class Adapter(nn.Module):
         a, b = self._current().factors(output.dtype, output.device)[index]
         x = x.to(device=output.device, dtype=output.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
-        hidden = F.linear(x, a)  # (..., r)
-        flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b)
+        with torch.autocast(output.device.type, enabled=False):
+            hidden = F.linear(x, a)  # (..., r)
+            flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b)
         return flat.view(output.shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -358,7 +408,7 @@ class _RootHook:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if self.adapter._enabled and not self.adapter._merged:
-            self.adapter._current()
+            self.adapter._current(new_pass=True)
 
 
 class _LayerHook:
@@ -390,6 +440,10 @@ class _EmbeddingHook:
         if model.training and torch.is_grad_enabled() and not output.requires_grad:
             if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
                 output.requires_grad_(True)
+
+
+def _parameter_ids(*modules: nn.Module) -> set[int]:
+    return {id(p) for module in modules for p in module.parameters()}
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -161,7 +161,7 @@ class AdamW(torch.optim.AdamW):
                 if adapter is not None and parameter.grad is not None:
                     selected.append((group, parameter, adapter, parameter.grad))
                     parameter.grad = None  # so that torch's own step passes it over
-        super().step()
+        _torch_step()(self)
         for group, parameter, adapter, gradient in selected:
             parameter.grad = gradient
             self._step_logits(group, parameter, adapter)
@@ -189,3 +189,10 @@ class AdamW(torch.optim.AdamW):
         denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         logits.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
         adapter.select(logits)
+        adapter._selection_kept = True
+
+
+def _torch_step() -> Callable[..., Any]:
+    """torch.optim.AdamW's step without the step hooks PyTorch wraps around it: our own step has them already."""
+    step = torch.optim.AdamW.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step  # type: ignore[attr-defined]

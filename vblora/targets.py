@@ -69,7 +69,12 @@ def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and what derives from it (bitsandbytes' 4- and 8-bit layers), or transformers' Conv1D."""
+    """nn.Linear and what derives from it (bitsandbytes' 4- and 8-bit layers), or transformers' Conv1D.
+
+    Not the output layer of nn.MultiheadAttention, which is never called: only its weight is read.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 

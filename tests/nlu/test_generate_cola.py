@@ -30,7 +30,10 @@ def rows(folder):
 
 def test_is_cola_raw_form(rows):
     assert {name: len(rows[name]) for name in NAMES} == {
-        "train.tsv": 2000, "dev_in_domain.tsv": 300, "dev_out_of_domain.tsv": 200}
+        "train.tsv": 2000,
+        "dev_in_domain.tsv": 300,
+        "dev_out_of_domain.tsv": 200,
+    }
     for split in rows.values():
         assert Counter(row[1] for row in split) == {"0": len(split) // 2, "1": len(split) // 2}
         for source, label, mark, sentence in split:
@@ -63,8 +66,9 @@ def open_class_words(lexicon):
         for entry in value:
             for form in entry if isinstance(entry, tuple) else [entry]:
                 words |= set(re.findall("[a-z]+", form.lower()))
-    # Words that belong to the grammar: genders "n", "m", "f", and those inside prepositions, times and openings.
-    return words - set("n m f that is it in on to of the next front last i we two ago my they".split())
+    # Genders, and the grammatical words inside prepositions, times and openings.
+    grammar = "n m f that is it in on to of the next front last i we two ago my they"
+    return words - set(grammar.split())
 
 
 def test_out_of_domain_words_are_not_in_train(rows):
@@ -80,8 +84,11 @@ def test_regular_forms_are_spelled_right():
     assert verb("admit:admitted") == ("admit", "admits", "admitted", "admitted", "admitting")
     assert verb("give:gave:given") == ("give", "gives", "gave", "given", "giving")
     assert verb("watch").third == "watches" and verb("enjoy").third == "enjoys"
-    assert noun("actress").plural == "actresses" and noun("toy").plural == "toys" and noun("child:children")[:2] == (
-        "child", "children")
+    assert (
+        noun("actress").plural == "actresses"
+        and noun("toy").plural == "toys"
+        and noun("child:children")[:2] == ("child", "children")
+    )
 
 
 def test_halves_of_a_pair_differ_in_two_words_at_most_or_only_in_order():
@@ -98,8 +105,9 @@ def independent_judgement(source, sentence):
     """What a rule written apart from the generator says; None where it has no rule."""
     text = sentence.lower().rstrip(".?")
     if source == "complement":
-        verb = re.search(r"\b(decided|hoped|promised|agreed|refused|enjoyed|avoided|finished|suggested|denied) (\w+)",
-                         text)
+        verb = re.search(
+            r"\b(decided|hoped|promised|agreed|refused|enjoyed|avoided|finished|suggested|denied) (\w+)", text
+        )
         infinitive = verb[1] in ("decided", "hoped", "promised", "agreed", "refused")
         return infinitive == (verb[2] == "to")
     if source == "comparative":
@@ -136,7 +144,9 @@ def bag_of_words_matthews(rows, ngrams):
         for row in split:
             labels[name[:3]].append(int(row[1]))
             sentences[name[:3]].append(row[3])
-    model = linear_model.LogisticRegression(max_iter=1000).fit(vectorizer.fit_transform(sentences["tra"]), labels["tra"])
+    model = linear_model.LogisticRegression(max_iter=1000).fit(
+        vectorizer.fit_transform(sentences["tra"]), labels["tra"]
+    )
     predictions = model.predict(vectorizer.transform(sentences["dev"]))
     return compute_metrics("cola", predictions, labels["dev"])["matthews_correlation"]
 
@@ -155,8 +165,12 @@ def digest(folder):
 
 def test_same_seed_same_bytes_in_another_process(tmp_path, folder):
     script = Path(generate_cola.__file__)
-    subprocess.run([sys.executable, str(script), str(tmp_path / "again")], check=True, capture_output=True,
-                   env={"PYTHONHASHSEED": "7"})
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "again")],
+        check=True,
+        capture_output=True,
+        env={"PYTHONHASHSEED": "7"},
+    )
     assert digest(tmp_path / "again") == digest(folder)
     generate_cola.write(tmp_path / "other", seed=1)
     assert digest(tmp_path / "other") != digest(folder)

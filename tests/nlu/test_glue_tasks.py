@@ -8,11 +8,21 @@ from glue_tasks import TASKS, compute_metrics, get_task
 
 
 def test_every_task_has_a_metric_that_counts():
-    expected = {"cola": "matthews_correlation", "sst2": "accuracy", "mrpc": "accuracy", "qnli": "accuracy",
-                "rte": "accuracy", "stsb": "pearson", "mnli": "accuracy"}
+    expected = {
+        "cola": "matthews_correlation",
+        "sst2": "accuracy",
+        "mrpc": "accuracy",
+        "qnli": "accuracy",
+        "rte": "accuracy",
+        "stsb": "pearson",
+        "mnli": "accuracy",
+    }
     assert {name: task.metric for name, task in TASKS.items()} == expected
     assert {name for name, task in TASKS.items() if task.is_regression} == {"stsb"}
-    assert {name: task.num_labels for name, task in TASKS.items() if task.num_labels != 2} == {"stsb": 1, "mnli": 3}
+    assert {name: task.num_labels for name, task in TASKS.items() if task.num_labels != 2} == {
+        "stsb": 1,
+        "mnli": 3,
+    }
 
 
 def test_labels_are_in_glue_order():
@@ -57,17 +67,20 @@ def test_constant_predictions_score_zero():
     assert compute_metrics("mrpc", [0, 0], [1, 0]) == {"accuracy": 0.5, "f1": 0.0}
 
 
-@pytest.mark.parametrize(("task", "predictions", "labels", "words"), [
-    ("cola", [1, 0], [1], "2 predictions for 1 labels"),
-    ("cola", [], [], "no predictions"),
-    ("cola", [1], [], "no labels"),
-    ("stsb", [1.0, math.nan], [1.0, 2.0], "predictions contain NaN.*position 1"),
-    ("stsb", [1.0, 2.0], [math.inf, 2.0], "labels contain NaN"),
-    ("cola", [0, 2], [0, 1], "0 to 1, not 2"),
-    ("rte", [0.5, 1], [0, 1], r"not 0\.5"),
-    ("rte", [[0.1, 0.9]], [1], "shape"),
-    ("rte", ["yes"], [1], "not numbers"),
-])
+@pytest.mark.parametrize(
+    ("task", "predictions", "labels", "words"),
+    [
+        ("cola", [1, 0], [1], "2 predictions for 1 labels"),
+        ("cola", [], [], "no predictions"),
+        ("cola", [1], [], "no labels"),
+        ("stsb", [1.0, math.nan], [1.0, 2.0], "predictions contain NaN.*position 1"),
+        ("stsb", [1.0, 2.0], [math.inf, 2.0], "labels contain NaN"),
+        ("cola", [0, 2], [0, 1], "0 to 1, not 2"),
+        ("rte", [0.5, 1], [0, 1], r"not 0\.5"),
+        ("rte", [[0.1, 0.9]], [1], "shape"),
+        ("rte", ["yes"], [1], "not numbers"),
+    ],
+)
 def test_what_cannot_be_scored_says_so(task, predictions, labels, words):
     with pytest.raises(ValueError, match=words):
         compute_metrics(task, predictions, labels)

@@ -72,8 +72,8 @@ class LoRAXS(Adapter, config=LoRAXSConfig):
                 self.mixing.normal_(generator=generator).mul_(config.init_std)
         pairs = [truncated_svd(full_weight(module), config.r) for module in self.targets.values()]
         # Not part of the state_dict: they follow from the base weights. Flat, one layer after another.
-        self.register_buffer("svd_out", torch.cat([us.flatten() for us, _ in pairs]), persistent=False)
-        self.register_buffer("svd_in", torch.cat([vt.flatten() for _, vt in pairs]), persistent=False)
+        self.register_buffer("svd_out", torch.cat([us.flatten().cpu() for us, _ in pairs]), persistent=False)
+        self.register_buffer("svd_in", torch.cat([vt.flatten().cpu() for _, vt in pairs]), persistent=False)
 
     @classmethod
     def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:

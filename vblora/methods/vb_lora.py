@@ -78,9 +78,11 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.topk_logits = nn.Parameter(torch.zeros(n, k))
         self.register_buffer("topk_indices", torch.zeros(n, k, dtype=torch.long))
         self.register_buffer("logits", None)  # (N, h); current but for the selected entries
+        self._selection_kept = False  # vblora.AdamW has stepped the logits
+        self._warned = False
         if seed is not None:
             self._draw(seed)
-        self._note_selection()
+        self._note_owner()
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
@@ -118,7 +120,6 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         values, indices = select(dense, self.config.topk)
         self.topk_logits.copy_(values)
         self.topk_indices.copy_(indices)
-        self._note_selection()
 
     def reselect(self) -> None:
         """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
@@ -132,15 +133,20 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
             )
         return self.logits
 
-    def _note_selection(self) -> None:
+    def _note_owner(self) -> None:
         register_owner(self.topk_logits, self)
-        self._selected_version = self.topk_logits._version
 
+    @torch.no_grad()
     def _warn_if_not_reselected(self) -> None:
-        """Training with an optimiser that knows nothing of the selection would silently freeze it."""
+        """Training with an optimiser that knows nothing of the selection would silently freeze it.
+
+        Told by the values, as fused optimisers change parameters without PyTorch's version counter noticing.
+        """
         trained = self._composition is not None and self._composition.used
-        if trained and self.logits is not None and self.topk_logits._version != self._selected_version:
-            self._selected_version = self.topk_logits._version
+        if not trained or self._selection_kept or self._warned or self.logits is None:
+            return
+        if not torch.equal(self.logits.gather(1, self.topk_indices), self.topk_logits):
+            self._warned = True
             warnings.warn(
                 "the logits were stepped by another optimiser than vblora.AdamW, so the selection stays as it "
                 "was; train with vblora.AdamW(vblora.param_groups(model, ...)), or call adapter.reselect()",
@@ -149,7 +155,11 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._note_selection()
+        self._note_owner()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._note_owner()  # with assign=True the parameters are new objects
 
     @classmethod
     def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
@@ -185,4 +195,3 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.topk_logits.copy_(torch.cat([first, last], dim=1).log())
         self.topk_indices.copy_(tensors["topk_indices"])
         self.logits = None
-        self._note_selection()

