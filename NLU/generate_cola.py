@@ -126,9 +126,7 @@ class Lexicon:
 IN_DOMAIN = Lexicon(
     women=_nouns("girl queen aunt niece waitress woman:women", "f"),
     men=_nouns("boy king uncle nephew waiter man:men", "m"),
-    people=_nouns(
-        "teacher student doctor neighbor artist lawyer farmer guest driver singer pilot child:children"
-    ),
+    people=_nouns("teacher student doctor neighbor artist lawyer farmer guest driver singer pilot child:children"),
     female_names=_words("Mary Susan Anna Linda Helen"),
     male_names=_words("John Peter David Robert Thomas"),
     things=_nouns(
@@ -139,9 +137,7 @@ IN_DOMAIN = Lexicon(
     person_adjectives=_words("tired angry hungry polite famous nervous friendly busy"),
     thing_adjectives=_words("old new broken dirty expensive small green"),
     comparatives=_words("tall:taller fast:faster rich:richer happy:happier kind:kinder"),
-    use=_verbs(
-        "repair damage examine touch receive carry grab:grabbed take:took:taken buy:bought find:found"
-    ),
+    use=_verbs("repair damage examine touch receive carry grab:grabbed take:took:taken buy:bought find:found"),
     use_without_goal=_verbs("repair damage examine touch find:found"),
     social=_verbs("invite visit thank ignore admire watch"),
     reflexive=_verbs("admire praise blame trust defend"),
@@ -168,8 +164,7 @@ OUT_OF_DOMAIN = Lexicon(
     female_names=_words("Julia Emma Laura Karen Alice"),
     male_names=_words("Frank Henry Paul Steven Kevin"),
     things=_nouns(
-        "table violin telescope necklace tent bracelet sofa piano scooter kettle umbrella printer phone "
-        "wallet boat"
+        "table violin telescope necklace tent bracelet sofa piano scooter kettle umbrella printer phone wallet boat"
     ),
     masses=_words("luggage clothing jewelry"),
     person_adjectives=_words("lonely proud quiet brave sick thirsty"),
@@ -234,9 +229,7 @@ class Words:
 
     def name(self, gender: str | None = None) -> Person:
         gender = gender or ("f" if self.chance() else "m")
-        return Person(
-            self.pick(self.lexicon.female_names if gender == "f" else self.lexicon.male_names), False, gender
-        )
+        return Person(self.pick(self.lexicon.female_names if gender == "f" else self.lexicon.male_names), False, gender)
 
     def person(self, besides: Sequence[str] = (), plural: bool | None = None) -> Person:
         """A name or a noun phrase; ``besides`` are texts it must not be."""
@@ -254,9 +247,7 @@ class Words:
 
     def thing(self, plural: bool | None = None) -> str:
         if self.chance(0.4):
-            return self.noun(
-                self.lexicon.things, plural, f"the {self.pick(self.lexicon.thing_adjectives)}"
-            ).text
+            return self.noun(self.lexicon.things, plural, f"the {self.pick(self.lexicon.thing_adjectives)}").text
         return self.noun(self.lexicon.things, plural).text
 
     def time(self) -> str:
@@ -324,15 +315,11 @@ def determiner_noun(w: Words) -> Pair:
     if w.chance(0.3):
         mass, thing = w.pick(lexicon.masses), w.pick(lexicon.things).plural
         good, bad = (
-            (("too much", mass), ("too many", mass))
-            if w.chance()
-            else (("too many", thing), ("too much", thing))
+            (("too much", mass), ("too many", mass)) if w.chance() else (("too many", thing), ("too much", thing))
         )
     else:
         plural = w.chance()
-        determiner = w.pick(
-            ("these", "those", "several", "two") if plural else ("this", "that", "every", "one")
-        )
+        determiner = w.pick(("these", "those", "several", "two") if plural else ("this", "that", "every", "one"))
         noun = w.pick(lexicon.things)
         good, bad = (determiner, noun.form(plural)), (determiner, noun.form(not plural))
     adjective = w.pick(lexicon.thing_adjectives) + " " if w.chance() else ""
@@ -379,9 +366,7 @@ def verb_form(w: Words) -> Pair:
     }
     auxiliary = w.pick(tuple(wanted))
     wrong = w.pick((verb.participle, verb.ing, verb.base), besides=(wanted[auxiliary],))
-    return w.claim(
-        f"{subject} {auxiliary} {wanted[auxiliary]} {thing}", f"{subject} {auxiliary} {wrong} {thing}"
-    )
+    return w.claim(f"{subject} {auxiliary} {wanted[auxiliary]} {thing}", f"{subject} {auxiliary} {wrong} {thing}")
 
 
 def question(w: Words) -> Pair:
@@ -450,7 +435,7 @@ def argument_structure(w: Words) -> Pair:
 
 
 def polarity(w: Words) -> Pair:
-    """ "Any" and "ever" need a negation above them, not just one somewhere in the sentence."""
+    """The words "any" and "ever" need a negation above them, not just one somewhere in the sentence."""
     lexicon = w.lexicon
     one = w.pick(lexicon.all_people)
     two = w.pick(lexicon.all_people, besides=(one,))

@@ -14,24 +14,22 @@ sub-folders (CoLA/, SST-2/) does as well.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import json
 import math
 import random
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+
 from glue_tasks import HUB_DATASET, Task, get_task
+from vblora.training.commands import from_hub
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
-HUB_PATIENCE = 4.0  # seconds to wait for the hub's first answer
 
 
 class Example(NamedTuple):
@@ -80,14 +78,14 @@ def load_task(
     if max_train is not None and max_train < 1:
         raise ValueError(f"max_train must be at least 1, not {max_train}")
     splits = _from_hub(row) if data is None else _from_folder(row, Path(data), need_train)
-    train = splits["train"]
+    train, validation = splits
     if train is not None and max_train is not None:
         train = _sample(train, max_train, seed)
     return TaskData(
         row,
         None if train is None else _dataset(row, train),
-        _dataset(row, splits["validation"]),
-        _fingerprint(row, train, splits["validation"]),
+        _dataset(row, validation),
+        _fingerprint(row, train, validation),
     )
 
 
@@ -127,61 +125,22 @@ def _fingerprint(task: Task, train: list[Example] | None, validation: list[Examp
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def _reachable(url: str, patience: float) -> bool:
-    """Whether anything answers at ``url``; an error page is an answer too."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=patience):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Let the libraries look into their cache only: left alone, they try an absent hub six times, for 23
-    seconds."""
-    import huggingface_hub.constants
-
-    modules = (huggingface_hub.constants, datasets.config)
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
-        yield
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
-
-
 def _from_hub(task: Task) -> Splits:
-    from huggingface_hub.constants import ENDPOINT
-
-    reachable = _reachable(ENDPOINT, HUB_PATIENCE)
-    try:
-        with contextlib.nullcontext() if reachable else _offline():
-            loaded = datasets.load_dataset(HUB_DATASET, task.hub_config)
-    except (OSError, ValueError, RuntimeError) as error:
-        why = (
-            "the hub cannot be reached and its cache has no copy"
-            if not reachable
-            else str(error).split("\n")[0]
-        )
-        raise ValueError(
-            f"{HUB_DATASET} ({task.hub_config}): {why}; for files of your own use --data_dir DIR"
-        ) from error
+    loaded = from_hub(
+        lambda: datasets.load_dataset(HUB_DATASET, task.hub_config),
+        f"{HUB_DATASET} ({task.hub_config})",
+        "--data_dir DIR, with files of your own",
+    )
     validation = "validation_matched" if task.name == "mnli" else "validation"
-    splits = {}
-    for name, source in (("train", "train"), ("validation", validation)):
-        where = f"{HUB_DATASET} ({task.hub_config}), {source}"
-        splits[name] = [
-            _example(
-                task, f"{where}, row {number}", [row[column] for column in task.text_columns], row["label"]
-            )
-            for number, row in enumerate(loaded[source])
-        ]
-    return splits
+    return Splits(_hub_split(task, loaded, "train"), _hub_split(task, loaded, validation))
+
+
+def _hub_split(task: Task, loaded: Any, split: str) -> list[Example]:
+    examples = []
+    for number, row in enumerate(loaded[split]):
+        where = f"{HUB_DATASET} ({task.hub_config}), {split}, row {number}"
+        examples.append(_example(task, where, [row[column] for column in task.text_columns], row["label"]))
+    return examples
 
 
 # --------------------------------------------------------------------------------------- local files
@@ -201,10 +160,7 @@ def _from_folder(task: Task, folder: Path, need_train: bool) -> Splits:
         missing.append(f"development file ({dev_names})")
     if missing:
         raise ValueError(f"{folder}: no {' and no '.join(missing)} for {task.name}")
-    return {
-        "train": _read_all(task, train_files) if train_files else None,
-        "validation": _read_all(task, dev_files),
-    }
+    return Splits(_read_all(task, train_files) if train_files else None, _read_all(task, dev_files))
 
 
 def _find(folder: Path, stems: Iterable[str]) -> list[Path]:
@@ -235,8 +191,7 @@ def _dev_files(task: Task, folder: Path) -> tuple[list[Path], str]:
         if len(present) == 1:
             absent = next(name for name in pair if name != present[0].name)
             raise ValueError(
-                f"{folder}: {present[0].name} is there but {absent} is not; "
-                "CoLA's development set is both together"
+                f"{folder}: {present[0].name} is there but {absent} is not; CoLA's development set is both together"
             )
         if present:
             return present, names

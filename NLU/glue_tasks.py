@@ -47,9 +47,7 @@ ENTAILMENT = ("entailment", "not_entailment")
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task(
-            "cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation", "cola", "CoLA", ()
-        ),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation", "cola", "CoLA", ()),
         Task(
             "sst2",
             ("sentence",),
@@ -123,9 +121,7 @@ _SCORES = {
     "accuracy": lambda predictions, labels: float(metrics.accuracy_score(labels, predictions)),
     # scikit-learn itself gives 0.0 for constant predictions here.
     "matthews_correlation": lambda predictions, labels: float(metrics.matthews_corrcoef(labels, predictions)),
-    "f1": lambda predictions, labels: float(
-        metrics.f1_score(labels, predictions, pos_label=1, zero_division=0.0)
-    ),
+    "f1": lambda predictions, labels: float(metrics.f1_score(labels, predictions, pos_label=1, zero_division=0.0)),
     "pearson": lambda predictions, labels: _correlation(stats.pearsonr, predictions, labels),
     "spearman": lambda predictions, labels: _correlation(stats.spearmanr, predictions, labels),
 }
@@ -139,9 +135,7 @@ def _checked(task: Task, what: str, values: Sequence[float] | np.ndarray) -> np.
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.ndim != 1:
-        raise ValueError(
-            f"{task.name}: {what} must be one number per example, not an array of shape {array.shape}"
-        )
+        raise ValueError(f"{task.name}: {what} must be one number per example, not an array of shape {array.shape}")
     if array.size == 0:
         raise ValueError(f"{task.name}: there are no {what}")
     if not np.isfinite(array).all():

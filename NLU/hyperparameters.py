@@ -69,7 +69,7 @@ COMMON: dict[str, Any] = {
     "learning_rate_vector_bank": 1e-3,
     "learning_rate_logits": 1e-2,
     "weight_decay": 0.1,
-    "warmup_ratio": 0.06,
+    "warmup_steps": 0.06,  # below 1: a share of all steps
     "per_device_train_batch_size": 32,
     "lr_scheduler_type": "linear",
 }

@@ -162,11 +162,9 @@ def make_trainer(
     return trainer
 
 
-def make_record(
-    plan: dict[str, Any], task: Task, data: TaskData, trainer: AdapterTrainer, out: Path
-) -> dict[str, Any]:
+def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: AdapterTrainer, out: Path) -> dict[str, Any]:
     """Everything there is to know of the run."""
-    adapter, steps, seconds = trainer.adapter, trainer.state.global_step, trainer.clock.seconds
+    adapter, steps, seconds = trainer.adapter, trainer.state.global_step, trainer.train_seconds
     examples = trainer.state.num_train_epochs * len(data["train"])
     return {
         "experiment": "glue",

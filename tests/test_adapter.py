@@ -458,10 +458,7 @@ def test_inputs_of_any_number_of_dimensions(method, shape):
     torch.testing.assert_close(model(x), plain(x) + x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
 
 
-@every_method
-def test_widths_that_the_vector_length_does_not_divide(method):
-    if method != "vblora":
-        pytest.skip("a setting of VB-LoRA")
+def test_widths_that_the_vector_length_does_not_divide():
     model, plain = build("stack"), build("stack")
     adapter = adapt(model, vector_length=12, topk=3)
     factors = adapter.layer_factors()

@@ -114,6 +114,7 @@ class Adapter(nn.Module):
         self._merged_over = 0  # adapters that were merged before this one
         self._enabled = True
         self._composition: _Composition | None = None
+        self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
 
     # -- what a method writes ------------------------------------------------------------------------------------
 
@@ -296,24 +297,30 @@ class Adapter(nn.Module):
             raise ValueError("the adapter is not attached to a model")
         return self._home
 
-    def _current(self, *, new_pass: bool = False) -> _Composition:
-        """The composition for now: the last one, unless a parameter changed or its graph has been used up.
+    def _current(self, *, layer: int | None = None) -> _Composition:
+        """The composition for `layer`, or for a new forward pass of the whole model: the last one if it still serves.
 
-        A new forward pass gets a graph of its own, so that each of several passes can be gone back through alone.
-        What went through a backward pass serves no longer even without gradients: a step has probably followed,
-        and fused optimisers change parameters without PyTorch's version counter noticing.
+        It does not if a parameter changed or its graph has been used up. A new forward pass gets a graph of its
+        own, so that each of several passes can be gone back through alone. What went through a backward pass serves
+        no longer even without gradients: a step has probably followed, and fused optimisers change parameters
+        without PyTorch's version counter noticing.
         """
         want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        new_pass = layer is None
+        if new_pass:
+            self._pass_has_graph = want_graph
         state = self._state_key()
         last = self._composition
         if (
             last is None
             or last.used
             or last.state != state
-            or (want_graph and (new_pass or not last.has_graph))
+            or (want_graph and (new_pass or not last.has_graph or (layer in last.to_recompute and _in_backward())))
         ):
             self._composition = _Composition(self, state, want_graph)
         assert self._composition is not None
+        if layer is not None and self._pass_has_graph and not want_graph:
+            self._composition.to_recompute.add(layer)
         return self._composition
 
     def _state_key(self) -> tuple[Any, ...]:
@@ -323,7 +330,7 @@ class Adapter(nn.Module):
 
     def _add_to(self, output: Tensor, x: Tensor, index: int) -> Tensor:
         """output + dropout(x) A^T B^T, computed in the output's precision."""
-        a, b = self._current().factors(output.dtype, output.device)[index]
+        a, b = self._current(layer=index).factors(output.dtype, output.device)[index]
         x = x.to(device=output.device, dtype=output.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         with torch.autocast(output.device.type, enabled=False):
@@ -342,6 +349,9 @@ class _Composition:
     def __init__(self, adapter: Adapter, state: tuple[Any, ...], want_graph: bool) -> None:
         self.state = state
         self.used = False  # its graph has been through a backward pass
+        # Layers called without gradients in a pass that has them: reentrant checkpointing will call them again,
+        # and go back through that call at once, when other layers may still need this composition's graph.
+        self.to_recompute: set[int] = set()
         self._adapter = weakref.ref(adapter)
         self._by_precision: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
         device = next(adapter.parameters()).device
@@ -408,7 +418,7 @@ class _RootHook:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         if self.adapter._enabled and not self.adapter._merged:
-            self.adapter._current(new_pass=True)
+            self.adapter._current()
 
 
 class _LayerHook:
@@ -440,6 +450,10 @@ class _EmbeddingHook:
         if model.training and torch.is_grad_enabled() and not output.requires_grad:
             if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
                 output.requires_grad_(True)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:

@@ -5,6 +5,8 @@ Field names and meanings are PEFT's, so that a configuration file written there 
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -40,12 +42,16 @@ class AdapterConfig:
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save takes a list of names, for example [{self.modules_to_save!r}]")
+        if self.modules_to_save is not None and not _is_list(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save takes a list of names, not {self.modules_to_save!r}")
         if not self.target_modules:
             raise ValueError(
                 'target_modules is missing: give a list of names, a regular expression or "all-linear"'
             )
+        self._require_names("target_modules", "exclude_modules", "layers_pattern")
+        numbers = self.layers_to_transform
+        if numbers is not None and not _is_list(numbers if isinstance(numbers, list) else [numbers], int):
+            raise ValueError(f"layers_to_transform must be a whole number or a list of them, not {numbers!r}")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError("layers_to_transform needs target_modules as a list of names")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -64,11 +70,29 @@ class AdapterConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
 
+    def require_number(self, name: str, *, below: float = math.inf) -> None:
+        """Refuse a field that is no number from 0 up to, and without, `below`."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+            limit = "" if below == math.inf else f" and below {below:g}"
+            raise ValueError(f"{name} must be a number of at least 0{limit}, not {value!r}")
+
     def require_probability(self, name: str) -> None:
         """Refuse a field that is no dropout probability."""
-        value = getattr(self, name)
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} must be at least 0 and below 1, not {value!r}")
+        self.require_number(name, below=1)
+
+    def _require_names(self, *names: str) -> None:
+        """Refuse fields that are neither a list of names nor a regular expression."""
+        for name in names:
+            value = getattr(self, name)
+            if value is None or _is_list(value, str):
+                continue
+            if not isinstance(value, str):
+                raise ValueError(f"{name} must be a list of names or a regular expression, not {value!r}")
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{name} {value!r} is no regular expression: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,3 +106,7 @@ class AdapterConfig:
                 f"unknown key for {cls.__name__}: {', '.join(unknown)} (known: {', '.join(sorted(known))})"
             )
         return cls(**values)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)

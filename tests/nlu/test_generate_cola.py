@@ -8,9 +8,10 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
+
 import generate_cola
 import glue_data
-import pytest
 from glue_tasks import compute_metrics
 
 NAMES = ["train.tsv", "dev_in_domain.tsv", "dev_out_of_domain.tsv"]

@@ -4,8 +4,9 @@ import csv
 import json
 import time
 
-import glue_data
 import pytest
+
+import glue_data
 from glue_data import load_task, tokenize
 
 RTE = [
@@ -200,9 +201,7 @@ def test_not_utf8_is_named(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         load_task("rte", tmp_path / "absent")
-    with pytest.raises(
-        ValueError, match=r"no training file .train.* and no development file .dev or validation"
-    ):
+    with pytest.raises(ValueError, match=r"no training file .train.* and no development file .dev or validation"):
         load_task("rte", tmp_path)
     write_rte(tmp_path, "tsv")
     (tmp_path / "train.tsv").unlink()
@@ -241,7 +240,7 @@ def test_rows_from_the_hub_are_the_rows_of_the_files(tmp_path, monkeypatch):
         for split, rows in (("train", RTE), ("validation", RTE[:2]))
     }
     asked = []
-    monkeypatch.setattr(glue_data, "_reachable", lambda url, patience: True)
+    monkeypatch.setattr("vblora.training.commands.hub_in_reach", lambda: True)
     monkeypatch.setattr(glue_data.datasets, "load_dataset", lambda *names: asked.append(names) or hub)
     assert load_task("rte").fingerprint == load_task("rte", tmp_path).fingerprint
     assert asked == [("nyu-mll/glue", "rte")]
@@ -264,8 +263,7 @@ def test_tokenize_truncates_and_does_not_pad(tmp_path, tokenizer):
     assert {"input_ids", "attention_mask", "labels"} <= set(encoded.column_names)
     assert encoded["labels"][:] == [0, 1, 1]
     assert (
-        encoded["input_ids"][0]
-        == tokenizer("A man sings.", "Someone sings.", truncation=True, max_length=11).input_ids
+        encoded["input_ids"][0] == tokenizer("A man sings.", "Someone sings.", truncation=True, max_length=11).input_ids
     )
     lengths = [len(ids) for ids in encoded["input_ids"]]
     assert max(lengths) == 11 and min(lengths) < 11

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from glue_tasks import TASKS, compute_metrics, get_task
 
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import hyperparameters
 import pytest
+
+import hyperparameters
 
 TASKS = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")
 
@@ -27,7 +28,7 @@ SAME_EVERYWHERE = {
     "learning_rate_vector_bank": 0.001,
     "learning_rate_logits": 0.01,
     "weight_decay": 0.1,
-    "warmup_ratio": 0.06,
+    "warmup_steps": 0.06,
     "per_device_train_batch_size": 32,
     "lr_scheduler_type": "linear",
 }
@@ -74,9 +75,7 @@ def test_prints_flags_one_per_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith("--") and len(line.split()) == 2 for line in lines)
     printed = dict(line.split() for line in lines)
-    expected = {
-        f"--{name}": value for name, value in hyperparameters.row("roberta_base", "cola", "qv").items()
-    }
+    expected = {f"--{name}": value for name, value in hyperparameters.row("roberta_base", "cola", "qv").items()}
     assert printed.keys() == expected.keys()
     for name, value in expected.items():
         assert printed[name] == value if isinstance(value, str) else float(printed[name]) == value

@@ -36,8 +36,9 @@ class LoRAXSConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_probability("lora_dropout")
-        if self.init_std < 0:
-            raise ValueError(f"init_std must not be negative: {self.init_std!r}")
+        self.require_number("init_std")
+        if self.lora_alpha is not None:
+            self.require_number("lora_alpha")
 
     @property
     def dropout(self) -> float:

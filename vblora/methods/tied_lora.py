@@ -34,6 +34,8 @@ class TiedLoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_probability("lora_dropout")
+        if self.lora_alpha is not None:
+            self.require_number("lora_alpha")
 
     @property
     def dropout(self) -> float:

@@ -48,8 +48,7 @@ class VBLoRAConfig(AdapterConfig):
         if self.topk > self.num_vectors:
             raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
         for name in ("init_vector_bank_bound", "init_logits_std"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)!r}")
+            self.require_number(name)
 
     @property
     def dropout(self) -> float:

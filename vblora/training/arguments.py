@@ -38,7 +38,7 @@ class MethodArguments:
             "or the path of a PEFT configuration as JSON"
         },
     )
-    method_settings: str | None = _flag('further settings of the method as JSON, such as \'{"use_rslora": true}\'')
+    method_settings: str | None = _flag("further settings of the method as JSON, such as '{\"use_rslora\": true}'")
     rank: int | None = _flag("rank r")
     topk: int | None = _flag("k, the vectors mixed into a sub-vector")
     num_vectors: int | None = _flag("h, the vectors in the bank")

@@ -37,9 +37,14 @@ class AdapterTrainer(Trainer):
         super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         self.rates = dict(rates)
-        self.clock = TrainingClock()
-        self.add_callback(self.clock)
+        self.add_callback(TrainingClock())
         self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent training, over all sessions of the run."""
+        # Asked of the callback that is there now: Trainer makes a new one when it resumes.
+        return next(c.seconds for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
