@@ -1,6 +1,6 @@
 """Write a small data set in the raw form of CoLA, for trying the project without a network.
 
-    python NLU/generate_cola.py DIR [--train N] [--dev N] [--seed S]
+    python NLU/generate_cola.py DIR [--train N] [--dev N] [--seed S] [--phenomena NAME ...]
 
 DIR receives train.tsv, dev_in_domain.tsv and dev_out_of_domain.tsv: four tab-separated columns without a
 header (source, label, mark, sentence), half of the rows acceptable (label 1) and half not (label 0, mark
@@ -524,10 +524,10 @@ class Row(NamedTuple):
         return f"{self.source}\t{self.label}\t{'' if self.label else '*'}\t{self.sentence}\n"
 
 
-def _draw(words: Words, size: int, used: dict[str, int]) -> list[Row]:
+def _draw(words: Words, size: int, used: dict[str, int], names: Sequence[str]) -> list[Row]:
     """``size`` rows, taking the phenomena in turn; ``used`` says which sentences there are already."""
     rows: list[Row] = []
-    names, attempts = list(PHENOMENA), 0
+    attempts = 0
     while len(rows) < size:
         attempts += 1
         if attempts > 100 * size + 1000:
@@ -547,9 +547,15 @@ def _shuffled(rows: list[Row], rng: random.Random) -> list[Row]:
     return [row for _, row in sorted((rng.random(), row) for row in rows)]
 
 
-def generate(train: int = 2000, dev: int = 500, seed: int = 0) -> dict[str, list[Row]]:
+def generate(
+    train: int = 2000, dev: int = 500, seed: int = 0, phenomena: Sequence[str] | None = None
+) -> dict[str, list[Row]]:
     """The rows of each file. ``dev`` is divided 3 to 2 between the two development files; all sizes become
-    even."""
+    even. ``phenomena`` are names from PHENOMENA; all of them unless given."""
+    names = list(PHENOMENA if phenomena is None else phenomena)
+    unknown = sorted(set(names) - set(PHENOMENA))
+    if unknown or not names:
+        raise ValueError(f"unknown phenomenon {', '.join(unknown)!r}; known: {', '.join(PHENOMENA)}")
     in_domain = dev * 3 // 5
     sizes = {"train.tsv": train, "dev_in_domain.tsv": in_domain, "dev_out_of_domain.tsv": dev - in_domain}
     rng = random.Random(seed)
@@ -557,16 +563,18 @@ def generate(train: int = 2000, dev: int = 500, seed: int = 0) -> dict[str, list
     files = {}
     for name, size in sizes.items():
         lexicon = OUT_OF_DOMAIN if name.startswith("dev_out") else IN_DOMAIN
-        files[name] = _shuffled(_draw(Words(lexicon, rng), size, used), rng)
+        files[name] = _shuffled(_draw(Words(lexicon, rng), size, used, names), rng)
     return files
 
 
-def write(folder: str | Path, train: int = 2000, dev: int = 500, seed: int = 0) -> list[Path]:
+def write(
+    folder: str | Path, train: int = 2000, dev: int = 500, seed: int = 0, phenomena: Sequence[str] | None = None
+) -> list[Path]:
     """Write the three files into ``folder``; each appears whole or not at all."""
     if train < 2 or dev < 8:
         raise ValueError(f"at least --train 2 and --dev 8 are needed, not {train} and {dev}")
     folder = Path(folder)
-    files = generate(train, dev, seed)
+    files = generate(train, dev, seed, phenomena)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, rows in files.items():
@@ -583,9 +591,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", type=int, default=2000, help="rows of train.tsv (default 2000)")
     parser.add_argument("--dev", type=int, default=500, help="rows of both development files (default 500)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phenomena", nargs="+", metavar="NAME", help=f"some of: {', '.join(PHENOMENA)} (default all)")
     options = parser.parse_args(arguments)
     try:
-        paths = write(options.folder, options.train, options.dev, options.seed)
+        paths = write(options.folder, options.train, options.dev, options.seed, options.phenomena)
     except (OSError, ValueError) as error:
         print(f"generate_cola.py: {error}", file=sys.stderr)
         return 2

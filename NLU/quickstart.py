@@ -30,24 +30,28 @@ COMMON = {
     "weight_decay": 0.1,
     "warmup_steps": 0.06,
     "per_device_eval_batch_size": 256,
-    "learning_rate": 4e-3,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 6,
     "rank": 4,
     "seed": 0,
     "eval_on_start": True,  # the score of the untrained head
     "dataloader_pin_memory": False,
 }
-# The encoder is 384 wide: sub-vectors of 128 instead of the 256 that the paper takes for widths of 768 and more.
+# The phenomena that this encoder learns in some minutes. Agreement across a noun in between, reflexives, determiners
+# and comparatives, which the generator also has, take it longer.
+PHENOMENA = ("order", "verb_form", "question", "filler_gap", "argument", "polarity", "case", "complement")
+# The encoder is 384 wide: sub-vectors of 128 instead of the 256 that the paper takes for widths of 768 and more. The
+# paper's learning rate for the bank, 1e-3, needs more steps than there is time for here.
 METHODS: dict[str, dict[str, Any]] = {
     "vblora": {
-        "num_train_epochs": 12,
         "num_vectors": 90,
         "vector_length": 128,
         "topk": 2,
         "init_logits_std": 0.01,
-        "learning_rate_vector_bank": 4e-3,
+        "learning_rate_vector_bank": 5e-3,
         "learning_rate_logits": 1e-2,
     },
-    "lora": {"num_train_epochs": 8, "lora_alpha": 4, "learning_rate_adapter": 4e-3},
+    "lora": {"lora_alpha": 4, "learning_rate_adapter": 4e-3},
 }
 TITLES = {"vblora": "VB-LoRA", "lora": "LoRA"}
 
@@ -59,7 +63,7 @@ def main(arguments: list[str]) -> None:
     encoder = find_encoder()
     data = out / "data"
     if not (data / "train.tsv").exists():
-        generate_cola.main([str(data)])
+        generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=PHENOMENA)
     results = {method: run_glue.main(flags(method, encoder, data, out / method)) for method in METHODS}
     text = table(results)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import (
+from core_helpers import (
     METHODS,
     adapt,
     assert_unchanged,
@@ -148,7 +148,7 @@ def test_a_name_that_cannot_be_an_attribute_is_refused_and_the_model_unchanged(n
 
 
 def test_attach_refuses_what_is_no_configuration_of_its_own():
-    with pytest.raises(ValueError, match="VBLoRAConfig.*not dict"):
+    with pytest.raises(ValueError, match=r"VBLoRAConfig.*not dict"):
         vblora.attach(build("stack"), {"r": 4})
 
 
@@ -417,8 +417,10 @@ class Precise(nn.Linear):
 def test_a_layers_output_keeps_its_precision_under_autocast(method):
     model = nn.Sequential(Precise(8, 8))
     plain = copy.deepcopy(model)
-    adapter = adapt(model, method, target_modules=["0"], vector_length=8) if method == "vblora" else adapt(
-        model, method, target_modules=["0"]
+    adapter = (
+        adapt(model, method, target_modules=["0"], vector_length=8)
+        if method == "vblora"
+        else adapt(model, method, target_modules=["0"])
     )
     with torch.no_grad():
         for parameter in adapter.parameters():

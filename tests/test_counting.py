@@ -279,9 +279,7 @@ VBLORA_FIGURES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("model", "targets", "settings", "selections", "byte", "sized", "whole"), VBLORA_FIGURES
-)
+@pytest.mark.parametrize(("model", "targets", "settings", "selections", "byte", "sized", "whole"), VBLORA_FIGURES)
 def test_vblora_counts(model, targets, settings, selections, byte, sized, whole):
     found = row(model, "vblora", targets, **settings)
     shapes = MODELS[model].shapes(targets)
@@ -349,9 +347,7 @@ def test_ways_to_print(count, printed, ways):
 
 def test_printed_figures_that_no_row_reproduces():
     """The disagreements, as the computation finds them, for a figure with two readings in neither."""
-    reproduced = {
-        (c.row.model, c.row.method, c.row.printed, c.row.targets[:3]) for c in map(compare, ROWS) if c[2]
-    }
+    reproduced = {(c.row.model, c.row.method, c.row.printed, c.row.targets[:3]) for c in map(compare, ROWS) if c[2]}
     every = {(row.model, row.method, row.printed, row.targets[:3]) for row in ROWS}
     assert every - reproduced == {
         ("RoBERTa-base", "tied_lora", "0.109M", "all"),

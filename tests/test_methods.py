@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import METHODS, adapt, build, config_for, make_batch, run
+from core_helpers import METHODS, adapt, build, config_for, make_batch, run
 from torch import nn
 
 import vblora
@@ -134,9 +134,7 @@ def test_stored_parameters_of_vblora_are_the_counted_ones(num_vectors, topk, b, 
 
     adapter = adapt(build("stack"), num_vectors=num_vectors, topk=topk, vector_length=b)
     count = adapter.stored_parameters()
-    assert count == counting.count_vblora(
-        adapter.shapes, r=2, num_vectors=num_vectors, vector_length=b, topk=topk
-    )
+    assert count == counting.count_vblora(adapter.shapes, r=2, num_vectors=num_vectors, vector_length=b, topk=topk)
     adapter.save(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors").values()
     assert sum(t.numel() * t.element_size() for t in stored) == count.bytes

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import METHODS, adapt, build, make_batch, peft_native, peft_tensors, peft_twin, run
+from core_helpers import METHODS, adapt, build, make_batch, peft_native, peft_tensors, peft_twin, run
 
 import vblora
 
@@ -341,12 +341,12 @@ def test_the_rate_of_other_methods_is_lr_unless_given():
     assert [group["lr"] for group in vblora.param_groups(model, lr=7e-3)] == [7e-3]
 
 
-@pytest.mark.parametrize(("rates", "named"), [({"lr_logits": 1e-2}, "lr_vector_bank"), ({"lr_vector_bank": 1}, "lr_logits")])
-def test_a_missing_rate_is_named(rates, named):
+@pytest.mark.parametrize(("given", "named"), [("lr_logits", "lr_vector_bank"), ("lr_vector_bank", "lr_logits")])
+def test_a_missing_rate_is_named(given, named):
     model = build("stack")
     adapt(model)
     with pytest.raises(ValueError, match=f"{named} is missing"):
-        vblora.param_groups(model, lr=1e-3, **rates)
+        vblora.param_groups(model, lr=1e-3, **{given: 1e-2})
 
 
 @pytest.mark.parametrize(

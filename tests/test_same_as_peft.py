@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import adapt, build, make_batch, peft_native, peft_twin, run
+from core_helpers import adapt, build, make_batch, peft_native, peft_twin, run
 
 import vblora
 
@@ -31,9 +31,7 @@ def twins(kind, topk, num_vectors, vector_length, r, layers, **settings):
     if kind == "bert":
         settings = {"target_modules": ["query", "value", "key"], "modules_to_save": ["classifier"], **settings}
     model = build(kind, layers=layers)
-    adapter = adapt(
-        model, kind=kind, topk=topk, num_vectors=num_vectors, vector_length=vector_length, r=r, **settings
-    )
+    adapter = adapt(model, kind=kind, topk=topk, num_vectors=num_vectors, vector_length=vector_length, r=r, **settings)
     return model, adapter, peft_twin(base, adapter)
 
 

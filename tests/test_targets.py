@@ -6,7 +6,7 @@ import math
 
 import peft
 import pytest
-from conftest import build, snapshot, assert_unchanged
+from core_helpers import assert_unchanged, build, snapshot
 from peft.tuners.vblora.layer import VBLoRALayer
 
 import vblora
@@ -42,6 +42,7 @@ CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize(("kind", "settings"), CASES, ids=str)
 def test_the_same_layers_as_peft(kind, settings):
     ours = set(find_targets(build(kind, layers=3), vblora.VBLoRAConfig(**settings)))
@@ -134,6 +135,7 @@ def test_what_matches_nothing_or_no_linear_layer_is_refused_and_the_model_unchan
         ({"layers_to_transform": 1, "target_modules": ".*query"}, "layers_to_transform needs"),
         ({"layers_pattern": "layer"}, "layers_pattern does nothing"),
         ({"layers_pattern": "(layer", "layers_to_transform": 1}, "layers_pattern.*regular expression"),
+        ({"layers_pattern": ["h", "(layer"], "layers_to_transform": 1}, "layers_pattern.*regular expression"),
         ({"layers_pattern": 3, "layers_to_transform": 1}, "layers_pattern must be"),
     ],
     ids=str,

@@ -31,9 +31,7 @@ from vblora.targets import find_saved, find_targets, is_conv1d, is_quantized, la
 
 
 @torch.inference_mode(False)  # the adapter's own tensors must be normal ones, to be watched and trained
-def attach(
-    model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None
-) -> Adapter:
+def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None) -> Adapter:
     """Attach an adapter to `model` in place and freeze everything that it does not train.
 
     Args:
@@ -101,9 +99,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.config = config
         self.init_seed = seed
-        self.targets = dict(
-            targets
-        )  # a plain dict, so that the layers do not become sub-modules of the adapter
+        self.targets = dict(targets)  # a plain dict, so that the layers do not become sub-modules of the adapter
         self.shapes: list[LayerShape] = [layer_shape(name, module) for name, module in self.targets.items()]
         self.saved: dict[str, nn.Module] = {}
         self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
@@ -260,9 +256,7 @@ class Adapter(nn.Module):
         kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
         heads = _parameter_ids(*saved.values())
         self._trainable_before = (
-            others[0]._trainable_before
-            if others
-            else {n for n, p in model.named_parameters() if p.requires_grad}
+            others[0]._trainable_before if others else {n for n, p in model.named_parameters() if p.requires_grad}
         )
         for parameter in model.parameters():
             if parameter.is_floating_point() and (id(parameter) in heads or id(parameter) not in kept):

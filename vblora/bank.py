@@ -54,9 +54,7 @@ class Layout:
         self.shapes = list(shapes)
         self.r = r
         self.vector_length = vector_length
-        self.sizes: list[
-            int
-        ] = []  # rows of the table per factor: A of layer 0, B of layer 0, A of layer 1, ...
+        self.sizes: list[int] = []  # rows of the table per factor: A of layer 0, B of layer 0, A of layer 1, ...
         for shape in self.shapes:
             self.sizes += [r * self.tiles(shape.in_features), r * self.tiles(shape.out_features)]
 

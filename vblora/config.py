@@ -45,9 +45,7 @@ class AdapterConfig:
         if self.modules_to_save is not None and not _is_list(self.modules_to_save, str):
             raise ValueError(f"modules_to_save takes a list of names, not {self.modules_to_save!r}")
         if not self.target_modules:
-            raise ValueError(
-                'target_modules is missing: give a list of names, a regular expression or "all-linear"'
-            )
+            raise ValueError('target_modules is missing: give a list of names, a regular expression or "all-linear"')
         self._require_names("target_modules", "exclude_modules", "layers_pattern")
         numbers = self.layers_to_transform
         if numbers is not None and not _is_list(numbers if isinstance(numbers, list) else [numbers], int):
@@ -85,14 +83,15 @@ class AdapterConfig:
         """Refuse fields that are neither a list of names nor a regular expression."""
         for name in names:
             value = getattr(self, name)
-            if value is None or _is_list(value, str):
+            if value is None:
                 continue
-            if not isinstance(value, str):
+            if not isinstance(value, str) and not _is_list(value, str):
                 raise ValueError(f"{name} must be a list of names or a regular expression, not {value!r}")
-            try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{name} {value!r} is no regular expression: {error}") from error
+            for pattern in [value] if isinstance(value, str) else value if name == "layers_pattern" else []:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"{name} {pattern!r} is no regular expression: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

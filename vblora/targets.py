@@ -163,6 +163,4 @@ def _output_layers(model: nn.Module) -> set[str]:
     heads: Iterator[nn.Module | None]
     heads = iter([output]) if output is not None else (getattr(model, name, None) for name in HEAD_NAMES)
     outside = [head for head in heads if isinstance(head, nn.Module)]
-    return {
-        name for name, module in model.named_modules() if any(module in set(o.modules()) for o in outside)
-    }
+    return {name for name, module in model.named_modules() if any(module in set(o.modules()) for o in outside)}

@@ -199,3 +199,12 @@ def test_sizes_and_no_leftovers(tmp_path):
 def test_too_small_exits_2_with_one_line(tmp_path, capsys):
     assert generate_cola.main([str(tmp_path), "--train", "0"]) == 2
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_some_phenomena_can_be_chosen_and_unknown_ones_are_named():
+    rows = generate_cola.generate(40, 20, 0, phenomena=("case", "order"))
+    assert {row.source for part in rows.values() for row in part} == {"case", "order"}
+    with pytest.raises(ValueError, match="unknown phenomenon 'nonesuch'; known: agreement"):
+        generate_cola.generate(40, 20, 0, phenomena=("case", "nonesuch"))
+    with pytest.raises(ValueError, match="known: agreement"):
+        generate_cola.generate(40, 20, 0, phenomena=())

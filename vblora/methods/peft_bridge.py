@@ -90,11 +90,7 @@ class PeftAdapter:
         PEFT may write more than it trains (VeRA's frozen projections), or, for VB-LoRA's top-k form, less.
         """
         trained = sum(p.numel() for name, p in self._trained() if not _is_saved_module(name))
-        heads = {
-            name.replace(".modules_to_save.default", "")
-            for name, _ in self._trained()
-            if _is_saved_module(name)
-        }
+        heads = {name.replace(".modules_to_save.default", "") for name, _ in self._trained() if _is_saved_module(name)}
         kept = _peft().get_peft_model_state_dict(self.model)
         size = sum(t.numel() * t.element_size() for name, t in kept.items() if name not in heads)
         return Count(trained, trained, trained, size)

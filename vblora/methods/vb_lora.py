@@ -175,7 +175,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         bank = {"vector_bank": self.vector_bank.detach()}
         if form == "full":
             return {**bank, "logits": self.dense_logits()}
-        weights = self.topk_logits.softmax(dim=-1)[:, :-1]  # (N, k - 1)
+        # In float32 whatever the adapter's precision: PEFT reads the weights in no other.
+        weights = self.topk_logits.float().softmax(dim=-1)[:, :-1]  # (N, k - 1)
         # The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
         excess = (weights.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
         weights = torch.cat([weights[:, :1] - excess, weights[:, 1:]], dim=1)

@@ -67,7 +67,7 @@ def save(adapter: Adapter, directory: str | Path, *, form: str = "topk", format:
         assert isinstance(config, VBLoRAConfig)
         conv1d = any(is_conv1d(module) for module in adapter.targets.values())
         base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        settings = peft_format.to_peft_config(config, form, conv1d, base_name)
+        settings = peft_format.to_peft_config(config, shapes, form, conv1d, base_name)
         tensors = peft_format.to_peft(native, config, shapes)
         head_prefix = peft_format.PREFIX
     else:
@@ -112,6 +112,9 @@ def restore(adapter: Adapter, directory: str | Path) -> None:
     """
     config, is_peft = read_config(Path(directory))
     ours, theirs = adapter.config.to_dict(), config.to_dict()
+    model, _ = adapter._require_home()
+    if list(find_targets(model, config)) == list(adapter.targets):  # however they are named
+        theirs["target_modules"] = ours["target_modules"]
     if type(config) is not type(adapter.config) or ours != theirs:
         changed = [key for key in ours if ours[key] != theirs.get(key)]
         raise ValueError(f"{directory} has other settings than this run: {', '.join(changed) or config.method}")
@@ -172,7 +175,7 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
     try:
         if METHOD_KEY in values:
             method = values.pop(METHOD_KEY)
-            if method not in by_name:
+            if not isinstance(method, str) or method not in by_name:
                 raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
             return by_name[method].from_dict(values), False
         if values.get("peft_type") == "VBLORA":
@@ -187,7 +190,7 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
 
 def form_of(native: dict[str, Tensor]) -> str:
     """Which form these tensors of an adapter are."""
-    return "topk" if "topk_indices" in native else "full"
+    return "topk" if native.keys() & {"topk_indices", "topk_weights"} else "full"
 
 
 def check_tensors(tensors: dict[str, Tensor], specs: dict[str, TensorSpec]) -> None:
@@ -203,9 +206,7 @@ def check_tensors(tensors: dict[str, Tensor], specs: dict[str, TensorSpec]) -> N
     for name, spec in specs.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != spec.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; this model and configuration need {spec.shape}"
-            )
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model and configuration need {spec.shape}")
         if spec.below is None:
             _check_floats(name, tensor)
         else:
@@ -263,8 +264,6 @@ def _check_heads(heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         raise ValueError(f"tensors that belong to no layer of this model: {', '.join(unknown[:5])}")
     for key, tensor in heads.items():
         if tensor.shape != wanted[key].shape:
-            raise ValueError(
-                f"{key} has shape {tuple(tensor.shape)}; the model has {tuple(wanted[key].shape)}"
-            )
+            raise ValueError(f"{key} has shape {tuple(tensor.shape)}; the model has {tuple(wanted[key].shape)}")
         if wanted[key].is_floating_point():
             _check_floats(key, tensor)

@@ -18,7 +18,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file in place of what was there, in one step."""
     from safetensors.torch import save_file
 
-    ready = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    # Copies, as heads may share a weight with each other, which safetensors refuses.
+    ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
         save_file(ready, temporary, metadata={"format": "pt", **metadata})
 
@@ -57,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no JSON object")

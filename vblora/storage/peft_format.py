@@ -16,6 +16,7 @@ from torch import Tensor
 from vblora.bank import Layout
 from vblora.counting import LayerShape
 from vblora.methods.vb_lora import VBLoRAConfig
+from vblora.storage.files import describe_dtype
 
 PREFIX = "base_model.model."
 BANK = "base_model.vblora_vector_bank"
@@ -42,15 +43,11 @@ def obstacle(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> str | None:
     for shape in shapes:
         for features in (shape.in_features, shape.out_features):
             if features % b:
-                return (
-                    f"vector_length {b} does not divide the width {features} of {shape.name}, as PEFT needs"
-                )
+                return f"vector_length {b} does not divide the width {features} of {shape.name}, as PEFT needs"
     return None
 
 
-def to_peft(
-    native: Mapping[str, Tensor], config: VBLoRAConfig, shapes: Sequence[LayerShape]
-) -> dict[str, Tensor]:
+def to_peft(native: Mapping[str, Tensor], config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> dict[str, Tensor]:
     """Our tensors under PEFT's names and in its layout."""
     tensors = {BANK: native["vector_bank"]}
     for part, ending in ENDINGS.items():
@@ -63,38 +60,39 @@ def to_peft(
     return tensors
 
 
-def from_peft(
-    tensors: dict[str, Tensor], config: VBLoRAConfig, shapes: Sequence[LayerShape]
-) -> dict[str, Tensor]:
+def from_peft(tensors: dict[str, Tensor], config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> dict[str, Tensor]:
     """PEFT's tensors as ours. What it takes is removed from `tensors`, so that the rest can be looked at.
 
     Raises:
         ValueError: a tensor is missing or has a shape that does not fit the layer.
     """
-    part_names = (
-        ["logits"]
-        if any(k.endswith("vblora_logits_A") for k in tensors)
-        else ["topk_indices", "topk_weights"]
-    )
+    part_names = ["logits"] if any(k.endswith("vblora_logits_A") for k in tensors) else ["topk_indices", "topk_weights"]
     widths = {"logits": config.num_vectors, "topk_indices": config.topk, "topk_weights": config.topk - 1}
-    native = {"vector_bank": _take(tensors, BANK, (config.num_vectors, config.vector_length))}
+    native = {"vector_bank": _take(tensors, BANK, (config.num_vectors, config.vector_length), whole=False)}
     for part in part_names:
         pieces = []
         for key, r_first, rows in _pieces(config, shapes):
             tiles = (rows.stop - rows.start) // config.r
             shape = (config.r, tiles, widths[part]) if r_first else (tiles, config.r, widths[part])
-            piece = _take(tensors, key + ENDINGS[part], shape)
+            piece = _take(tensors, key + ENDINGS[part], shape, whole=part == "topk_indices")
             pieces.append((piece if r_first else piece.transpose(0, 1)).flatten(0, 1))
         native[part] = torch.cat(pieces)
     return native
 
 
 def to_peft_config(
-    config: VBLoRAConfig, form: str, fan_in_fan_out: bool, base_name: str | None
+    config: VBLoRAConfig,
+    shapes: Sequence[LayerShape],
+    form: str,
+    fan_in_fan_out: bool,
+    base_name: str | None,
 ) -> dict[str, Any]:
     """The adapter_config.json that PEFT reads."""
+    settings = config.to_dict()
+    if config.target_modules == "all-linear":  # PEFT would take a classification head for one of them
+        settings["target_modules"] = [shape.name for shape in shapes]
     return {
-        **config.to_dict(),
+        **settings,
         "auto_mapping": None,
         "base_model_name_or_path": base_name,
         "bias": "none",
@@ -116,13 +114,9 @@ def from_peft_config(values: dict[str, Any]) -> VBLoRAConfig:
     values = {key: value for key, value in values.items() if key not in IGNORED_KEYS}
     bias = values.pop("bias", "none")
     if bias != "none":
-        raise ValueError(
-            f"bias={bias!r} is not supported: only adapters trained with bias='none' can be loaded"
-        )
+        raise ValueError(f"bias={bias!r} is not supported: only adapters trained with bias='none' can be loaded")
     known = VBLoRAConfig.__dataclass_fields__
-    values = {
-        key: value for key, value in values.items() if key in known or value not in (None, False, [], {})
-    }
+    values = {key: value for key, value in values.items() if key in known or value not in (None, False, [], {})}
     config = VBLoRAConfig.from_dict(values)
     assert isinstance(config, VBLoRAConfig)
     return config
@@ -142,12 +136,13 @@ def _pieces(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> Iterator[tupl
         start += size
 
 
-def _take(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...]) -> Tensor:
+def _take(tensors: dict[str, Tensor], key: str, shape: tuple[int, ...], *, whole: bool) -> Tensor:
     if key not in tensors:
         raise ValueError(f"the file has no tensor {key!r}, which this model and configuration need")
     tensor = tensors.pop(key)
     if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{key!r} has shape {tuple(tensor.shape)}; this model and configuration need {shape}"
-        )
+        raise ValueError(f"{key!r} has shape {tuple(tensor.shape)}; this model and configuration need {shape}")
+    if tensor.is_floating_point() == whole or tensor.dtype == torch.bool:
+        kind = "whole" if whole else "floating point"
+        raise ValueError(f"{key!r} holds {describe_dtype(tensor)}, not {kind} numbers")
     return tensor

@@ -1,0 +1,546 @@
+"""Files: PEFT's format both ways, our own, going on from them, and everything that can be wrong with one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from core_helpers import (
+    METHODS,
+    adapt,
+    assert_unchanged,
+    build,
+    groups_for,
+    make_batch,
+    peft_twin,
+    run,
+    snapshot,
+)
+from safetensors.torch import load_file, save_file
+
+import vblora
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+BERT = {
+    "target_modules": ["query", "value", "intermediate.dense"],
+    "modules_to_save": ["classifier"],
+    "init_vector_bank_bound": 0.3,
+}
+GPT2 = {"target_modules": ["c_attn", "c_fc"]}
+STACK = {"target_modules": ["up", "down"]}
+SETTINGS = {"bert": BERT, "gpt2": GPT2, "stack": STACK, "stack_conv1d": STACK}
+
+
+def same_output(model, other, kind, tolerance=1e-6):
+    """In float64, so that the difference is that of the stored numbers and not of the arithmetic after them."""
+    batch = {key: t.double() if t.is_floating_point() else t for key, t in make_batch(kind).items()}
+    with torch.no_grad():
+        ours, theirs = (run(copy.deepcopy(each).double(), batch) for each in (model, other))
+    return (ours - theirs).abs().max() <= tolerance * max(1.0, float(theirs.abs().max()))
+
+
+def peft_load(base, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of missing and of unexpected tensors
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        return peft.PeftModel.from_pretrained(base, str(directory)).eval()
+
+
+def shake_head(model):
+    """Heads as after training: other values than the base model's."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "classifier" in name:
+                parameter.mul_(1.5).add_(0.1)
+
+
+# --- PEFT's format -----------------------------------------------------------------------------------------------
+
+SIZES = [(12, 2), (255, 1), (256, 2), (300, 3), (40, 6), (6, 6)]
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+@pytest.mark.parametrize(("num_vectors", "topk"), SIZES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "stack", "stack_conv1d"])
+def test_peft_reads_what_we_write(kind, num_vectors, topk, form, tmp_path):
+    model = build(kind)
+    adapter = adapt(model, kind=kind, num_vectors=num_vectors, topk=topk, **SETTINGS[kind])
+    shake_head(model)
+    adapter.save(tmp_path, form=form)
+    assert same_output(peft_load(build(kind), tmp_path), model, kind)
+    assert not same_output(build(kind), model, kind, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+@pytest.mark.parametrize(("num_vectors", "topk"), SIZES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "stack", "stack_conv1d"])
+def test_we_read_what_peft_writes(kind, num_vectors, topk, form, tmp_path):
+    base = build(kind)
+    model = build(kind)
+    adapter = adapt(model, kind=kind, num_vectors=num_vectors, topk=topk, **SETTINGS[kind])
+    twin = peft_twin(base, adapter, **({"task_type": "SEQ_CLS"} if kind == "bert" else {}))
+    shake_head(twin)
+    twin.peft_config["default"].save_only_topk_weights = form == "topk"
+    twin.save_pretrained(tmp_path)
+    other = build(kind)
+    loaded = vblora.load(other, tmp_path)
+    assert same_output(other, twin, kind)
+    assert (loaded.logits is None) == (form == "topk")
+    if form == "full":
+        assert torch.equal(loaded.dense_logits(), adapter.dense_logits())
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+def test_our_files_are_those_peft_writes(form, tmp_path):
+    base, model = build("bert"), build("bert")
+    adapter = adapt(model, kind="bert", num_vectors=300, **BERT)
+    twin = peft_twin(base, adapter)
+    twin.peft_config["default"].save_only_topk_weights = form == "topk"
+    twin.save_pretrained(tmp_path / "theirs")
+    adapter.save(tmp_path / "ours", form=form)
+    theirs, ours = (load_file(tmp_path / which / TENSORS) for which in ("theirs", "ours"))
+    assert {k: (t.shape, t.dtype) for k, t in ours.items()} == {k: (t.shape, t.dtype) for k, t in theirs.items()}
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["classifier"]])
+def test_peft_gives_all_linear_the_layers_that_we_gave_it(modules_to_save, tmp_path):
+    model = build("bert")
+    adapter = adapt(model, kind="bert", target_modules="all-linear", modules_to_save=modules_to_save)
+    adapter.save(tmp_path)
+    assert same_output(peft_load(build("bert"), tmp_path), model, "bert")
+    other = build("bert")
+    assert vblora.load(other, tmp_path).shapes == adapter.shapes
+    assert same_output(other, model, "bert")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("topk", [1, 2, 3, 6])
+def test_half_precision_adapters_come_back_through_both_forms_and_peft(topk, dtype, tmp_path):
+    """Also where one weight takes all: its rounded rest must not become negative, whose logarithm is NaN."""
+    model = build("stack")
+    adapter = adapt(model, num_vectors=20, topk=topk, init_logits_std=8.0).to(dtype)
+    for form in ("topk", "full"):
+        adapter.save(tmp_path / form, form=form)
+        stored = load_file(tmp_path / form / TENSORS)
+        assert {t.dtype for key, t in stored.items() if "bank" in key or key.endswith(("_A", "_B"))} == {dtype}
+        # PEFT reads the weights of the top-k form in float32 alone.
+        assert {t.dtype for key, t in stored.items() if "weights" in key} <= {torch.float32}
+        other = build("stack")
+        vblora.load(other, tmp_path / form)
+        twin = peft_load(build("stack"), tmp_path / form)
+        for each in (other, twin):
+            with torch.no_grad():
+                output = run(each, make_batch("stack"))
+            assert output.isfinite().all()
+            assert (output - run(model, make_batch("stack"))).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("topk", [2, 3, 6])
+def test_saturated_mixtures_survive_the_topk_form(topk, tmp_path):
+    model, other = build("stack"), build("stack")
+    adapter = adapt(model, num_vectors=20, topk=topk, init_logits_std=200.0)
+    adapter.save(tmp_path)
+    vblora.load(other, tmp_path)
+    assert same_output(other, model, "stack", 1e-5)
+    assert same_output(peft_load(build("stack"), tmp_path), model, "stack", 1e-5)
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+def test_a_vector_length_that_does_not_divide_is_kept_in_our_own_format(form, tmp_path):
+    model, other = build("stack"), build("stack")
+    adapter = adapt(model, vector_length=12)
+    with pytest.raises(ValueError, match=r"12 does not divide the width 32 of layers\.0\.up"):
+        vblora.save(adapter, tmp_path / "peft", format="peft")
+    assert not (tmp_path / "peft").exists()
+    adapter.save(tmp_path, form=form)
+    assert json.loads((tmp_path / CONFIG).read_text())["vblora_method"] == "vblora"
+    vblora.load(other, tmp_path)
+    assert same_output(other, model, "stack")
+
+
+@pytest.mark.parametrize("method", ["tied_lora", "lora_xs"])
+def test_other_methods_have_no_peft_format(method, tmp_path):
+    adapter = adapt(build("stack"), method)
+    with pytest.raises(ValueError, match=f"PEFT has no format for {method}"):
+        vblora.save(adapter, tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
+def test_restore_puts_saved_values_into_an_attached_adapter(targets, tmp_path):
+    model, other = build("bert"), build("bert")
+    settings = {"target_modules": targets, "modules_to_save": ["classifier"]}
+    adapt(model, kind="bert", **settings).save(tmp_path, form="full")
+    adapter = adapt(other, kind="bert", seed=50, **settings)
+    assert not same_output(other, model, "bert", 1e-3)
+    vblora.storage.restore(adapter, tmp_path)
+    assert same_output(other, model, "bert")
+
+
+@pytest.mark.parametrize("settings", [{"r": 3}, {"target_modules": ["query"]}, {"vblora_dropout": 0.1}], ids=str)
+def test_restore_refuses_other_settings_by_name_and_changes_nothing(settings, tmp_path):
+    adapt(build("stack")).save(tmp_path, form="full")
+    model = build("bert" if "target_modules" in settings else "stack")
+    adapter = adapt(model, seed=50, **settings)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        vblora.storage.restore(adapter, tmp_path)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+@pytest.mark.parametrize("kind", ["bert", "stack_conv1d"])
+def test_our_own_format_on_request(kind, form, tmp_path):
+    model, other = build(kind), build(kind)
+    adapter = adapt(model, kind=kind, **SETTINGS[kind])
+    shake_head(model)
+    vblora.save(adapter, tmp_path, form=form, format="native")
+    assert "peft_type" not in json.loads((tmp_path / CONFIG).read_text())
+    loaded = vblora.load(other, tmp_path)
+    assert same_output(other, model, kind) and loaded.config == adapter.config
+
+
+@pytest.mark.parametrize("settings", [{"form": "half"}, {"format": "zip"}])
+def test_an_unknown_form_or_format_is_refused(settings, tmp_path):
+    adapter = adapt(build("stack"))
+    with pytest.raises(ValueError, match=next(iter(settings.values()))):
+        vblora.save(adapter, tmp_path, **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_detached_adapter_cannot_be_saved(tmp_path):
+    adapter = adapt(build("stack"))
+    adapter.detach()
+    with pytest.raises(ValueError, match="not attached"):
+        adapter.save(tmp_path)
+
+
+# --- Going on ----------------------------------------------------------------------------------------------------
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        batch = make_batch("bert", seed=step)
+        run(model, batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_goes_on_from_the_full_form_as_if_never_stopped(method, tmp_path):
+    model, other = build("bert"), build("bert")
+    adapter = adapt(model, method, "bert", target_modules=["query", "value"], modules_to_save=["classifier"])
+    optimizer = vblora.AdamW(groups_for(model))
+    train(model, optimizer, range(5))
+    adapter.save(tmp_path, form="full")
+    loaded = vblora.load(other, tmp_path)
+    again = vblora.AdamW(groups_for(other))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, range(5, 10))
+    train(other, again, range(5, 10))
+    assert all(torch.equal(t, other.state_dict()[key]) for key, t in model.state_dict().items())
+    assert loaded.saved
+
+
+def test_an_adapter_from_the_topk_form_cannot_be_trained_and_says_why(tmp_path):
+    adapt(build("stack")).save(tmp_path)
+    model = build("stack")
+    adapter = vblora.load(model, tmp_path)
+    groups = groups_for(model)
+    with pytest.raises(ValueError, match=r"top-k file.*full form"):
+        vblora.AdamW(groups)
+    for call in (adapter.dense_logits, adapter.reselect, lambda: adapter.save(tmp_path / "x", form="full")):
+        with pytest.raises(ValueError, match="top-k file"):
+            call()
+    assert not (tmp_path / "x").exists()
+    adapter.save(tmp_path / "again")
+    other = build("stack")
+    vblora.load(other, tmp_path / "again")
+    assert same_output(other, model, "stack")
+
+
+def test_heads_that_share_a_weight_are_saved_and_loaded(tmp_path):
+    model, other = (build("gpt2", tie_word_embeddings=True) for _ in range(2))
+    adapter = adapt(model, kind="gpt2", target_modules=["c_attn"], modules_to_save=["wte", "lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    adapter.save(tmp_path)
+    vblora.load(other, tmp_path)
+    assert other.lm_head.weight is other.transformer.wte.weight
+    assert same_output(other, model, "gpt2")
+
+
+def test_saving_over_another_adapter_replaces_it(tmp_path):
+    adapt(build("bert"), kind="bert", **BERT).save(tmp_path, form="full")
+    model, other = build("stack"), build("stack")
+    adapt(model, "tied_lora").save(tmp_path)
+    vblora.load(other, tmp_path)
+    assert same_output(other, model, "stack")
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, TENSORS}
+
+
+def test_a_save_that_fails_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    model, other = build("stack"), build("stack")
+    adapter = adapt(model)
+    expected = run(model, make_batch("stack"))
+    adapter.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with torch.no_grad():
+        adapter.vector_bank.mul_(2)
+
+    def fails(tensors, path, **_):
+        path.write_bytes(b"half a file")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    with pytest.raises(OSError, match="no space"):
+        adapter.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    vblora.load(other, tmp_path)
+    torch.testing.assert_close(run(other, make_batch("stack")), expected, rtol=1e-6, atol=1e-6)
+
+
+# --- Files that are wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Good directories of a small BERT with a head, by name; tests spoil copies of them."""
+    root = tmp_path_factory.mktemp("good")
+    adapter = adapt(build("bert"), kind="bert", topk=3, **BERT)
+    for form in ("topk", "full"):
+        for format in ("peft", "native"):
+            vblora.save(adapter, root / f"{format}-{form}", form=form, format=format)
+    for method in ("tied_lora", "lora_xs"):
+        heads = {key: BERT[key] for key in ("target_modules", "modules_to_save")}
+        adapt(build("bert"), method, "bert", **heads).save(root / method)
+    return root
+
+
+def spoil(good, name, tmp_path, tensors=None, config=None):
+    """A copy of a good directory with its tensors or settings changed by a function."""
+    target = tmp_path / "adapter"
+    target.mkdir()
+    content = load_file(good / name / TENSORS)
+    settings = json.loads((good / name / CONFIG).read_text())
+    if tensors is not None:
+        tensors(content)
+    if config is not None:
+        config(settings)
+    save_file({key: t.contiguous() for key, t in content.items()}, target / TENSORS)
+    (target / CONFIG).write_text(json.dumps(settings))
+    return target
+
+
+def assert_refused(directory, message, **model_settings):
+    model = build("bert", **model_settings)
+    model.bert.embeddings.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        vblora.load(model, directory)
+    assert_unchanged(model, before)
+
+
+EVERY = ["peft-topk", "peft-full", "native-topk", "native-full", "tied_lora", "lora_xs"]
+PARTS = {  # a tensor by a piece of its name, in each directory that has one
+    "bank": ["peft-topk", "peft-full", "native-topk", "native-full"],
+    "indices": ["peft-topk", "native-topk"],
+    "weights": ["peft-topk", "native-topk"],
+    "logits": ["peft-full", "native-full"],
+    "classifier.weight": EVERY,
+    "scale_v": ["tied_lora"],
+    "mixing": ["lora_xs"],
+}
+PLACES = [(part, name) for part, names in PARTS.items() for name in names]
+
+
+def change(part, function):
+    def tensors(content):
+        key = next(k for k in sorted(content) if part in k)
+        content[key] = function(content[key])
+
+    return tensors
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_good_files_load(name, good):
+    vblora.load(build("bert"), good / name)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("model", [{"hidden": 48}, {"layers": 1}, {"layers": 3}], ids=str)
+def test_a_model_of_other_widths_or_layers_is_refused(model, name, good):
+    assert_refused(good / name, r"shape|tensors missing|no tensor|belong to no", **model)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, -1, -100, 0.5, 0.9])
+def test_a_file_cut_short_is_refused(name, keep, good, tmp_path):
+    directory = spoil(good, name, tmp_path)
+    path = directory / TENSORS
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)] if isinstance(keep, float) else data[:keep])
+    assert_refused(directory, "adapter_model.safetensors is no whole safetensors file")
+
+
+@pytest.mark.parametrize("missing", [CONFIG, TENSORS])
+def test_a_missing_file_is_named(missing, good, tmp_path):
+    directory = spoil(good, "peft-topk", tmp_path)
+    (directory / missing).unlink()
+    assert_refused(directory, f"{missing} does not exist")
+    assert_refused(tmp_path / "nowhere", "nowhere.*does not exist")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no JSON file"),
+        ("{", "is no JSON file"),
+        ("[1]", "holds no JSON object"),
+        ("null", "holds no JSON object"),
+        ("{}", "peft_type is None"),
+        ('{"peft_type": "LORA"}', "'LORA'.*peft.PeftModel"),
+        ('{"peft_type": ["VBLORA"]}', "peft_type"),
+        ('{"vblora_method": "dora"}', "'dora', not one of"),
+        ('{"vblora_method": ["vblora"]}', "vblora_method"),
+        ("[" * 100_000, "is no JSON file"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused(text, message, good, tmp_path):
+    directory = spoil(good, "peft-topk", tmp_path)
+    (directory / CONFIG).write_text(text)
+    assert_refused(directory, message)
+
+
+def test_a_configuration_that_is_no_text_is_refused(good, tmp_path):
+    directory = spoil(good, "peft-topk", tmp_path)
+    (directory / CONFIG).write_bytes(b"\xff\xfe\x00{")
+    assert_refused(directory, "is no JSON file")
+
+
+@pytest.mark.parametrize("name", ["peft-topk", "native-full", "tied_lora"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("novelty", 3),
+        ("r", 0),
+        ("r", "2"),
+        ("target_modules", 7),
+        ("target_modules", None),
+        ("target_modules", "(query"),
+        ("target_modules", ["nothing"]),
+        ("modules_to_save", "classifier"),
+        ("layers_to_transform", "all"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_named(name, key, value, good, tmp_path):
+    assert_refused(spoil(good, name, tmp_path, config=lambda c: c.update({key: value})), key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_vectors", 13), ("vector_length", 4), ("topk", 2), ("topk", 40), ("bias", "all"), ("r", 3)]
+)
+@pytest.mark.parametrize("name", ["peft-topk", "peft-full"])
+def test_settings_that_do_not_fit_the_tensors_are_refused(name, key, value, good, tmp_path):
+    directory = spoil(good, name, tmp_path, config=lambda c: c.update({key: value}))
+    if (name, key, value) == ("peft-full", "topk", 2):
+        vblora.load(build("bert"), directory)  # all logits serve any k
+        return
+    assert_refused(directory, "shape|topk|bias")
+
+
+@pytest.mark.parametrize(("part", "name"), PLACES)
+def test_a_tensor_of_another_shape_is_named(part, name, good, tmp_path):
+    assert_refused(spoil(good, name, tmp_path, change(part, lambda t: t[:-1])), f"{part}.*shape")
+
+
+@pytest.mark.parametrize(("part", "name"), [place for place in PLACES if place[0] != "indices"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinite_numbers_are_refused(part, name, value, good, tmp_path):
+    def with_value(t):
+        t.view(-1)[-1] = value
+        return t
+
+    assert_refused(spoil(good, name, tmp_path, change(part, with_value)), f"{part}.*NaN or infinite")
+
+
+@pytest.mark.parametrize(("part", "name"), [place for place in PLACES if place[0] != "indices"])
+def test_whole_numbers_in_place_of_floating_point_are_refused(part, name, good, tmp_path):
+    assert_refused(spoil(good, name, tmp_path, change(part, lambda t: t.to(torch.int32))), f"{part}.*int32")
+
+
+def first_row(*values):
+    def function(t):
+        t = t.clone()
+        t.view(-1, t.shape[-1])[0, : len(values)] = torch.tensor(values, dtype=t.dtype)
+        return t
+
+    return function
+
+
+@pytest.mark.parametrize("name", PARTS["indices"])
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda t: t.float(), "float32, not whole"),
+        (lambda t: t.bool(), "bool, not whole"),
+        (first_row(12), "outside 0 to 11"),
+        (lambda t: first_row(-1)(t.to(torch.int16)), "outside 0 to 11"),
+        (first_row(4, 4, 1), "same vector twice"),
+    ],
+    ids=["float", "bool", "too_large", "negative", "twice"],
+)
+def test_indices_that_select_nothing_are_refused(name, function, message, good, tmp_path):
+    assert_refused(spoil(good, name, tmp_path, change("indices", function)), f"indices.*{message}")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_indices_of_any_whole_type_are_read(dtype, good, tmp_path):
+    expected, other = build("bert"), build("bert")
+    vblora.load(expected, good / "peft-topk")
+    vblora.load(other, spoil(good, "peft-topk", tmp_path, change("indices", lambda t: t.to(dtype))))
+    assert same_output(other, expected, "bert", 0)
+
+
+@pytest.mark.parametrize("name", PARTS["weights"])
+@pytest.mark.parametrize("row", [(0.9, 0.2), (-0.1, 0.5), (2.0, -1.0)], ids=str)
+def test_weights_that_are_no_mixture_are_refused(name, row, good, tmp_path):
+    assert_refused(spoil(good, name, tmp_path, change("weights", first_row(*row))), "no mixture")
+
+
+@pytest.mark.parametrize(("part", "name"), PLACES)
+def test_a_missing_tensor_is_named(part, name, good, tmp_path):
+    def drop(content):
+        del content[next(k for k in sorted(content) if part in k)]
+
+    assert_refused(spoil(good, name, tmp_path, drop), part)
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("key", ["extra", "base_model.model.extra.weight", "head.bert.pooler.dense.weight"])
+def test_a_tensor_that_belongs_to_nothing_is_named(name, key, good, tmp_path):
+    directory = spoil(good, name, tmp_path, lambda content: content.update({key: torch.ones(2)}))
+    assert_refused(directory, "belong to no.*" + key.removeprefix("base_model.model.").removeprefix("head."))
+
+
+@pytest.mark.parametrize("name", ["peft-topk", "native-full", "lora_xs"])
+def test_a_head_that_the_settings_do_not_name_is_refused(name, good, tmp_path):
+    directory = spoil(good, name, tmp_path, config=lambda c: c.update(modules_to_save=None))
+    assert_refused(directory, "classifier")
+
+
+def test_a_name_that_is_taken_is_refused(good):
+    model = build("bert")
+    adapt(model, kind="bert", target_modules=["key"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="already has 'vblora_adapter'"):
+        vblora.load(model, good / "peft-topk")
+    assert_unchanged(model, before)
