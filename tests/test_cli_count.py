@@ -28,7 +28,7 @@ def test_the_text_has_every_row_and_fits(capsys):
 
 def test_a_text_row_holds_its_figures_and_verdict(capsys):
     lines = run(capsys, "count", "--table", "4", "--model", "gemma-7b", "--method", "vb-lora").splitlines()
-    figures = "VB-LoRA all r 4 h 2048 b 256 0.67M 597,536 621,952 670,784 float, both"
+    figures = "VB-LoRA all r 4 h 2048 b 256 0.67M 597,536 621,952 670,784 2.49 MB float, both"
     assert " ".join(lines[-1].split()) == figures
 
 

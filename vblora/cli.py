@@ -26,7 +26,7 @@ from vblora.paper_counts import (
     select_rows,
 )
 
-WIDTH = 120
+WIDTH = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,16 +127,17 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-HEADINGS = ("method", "targets", "settings", "printed", *RULES.values(), "reproduced by")
-RIGHT_ALIGNED = {"printed", *RULES.values()}
+HEADINGS = ("method", "targets", "settings", "printed", *RULES.values(), "file", "reproduced by")
+RIGHT_ALIGNED = {"printed", "file", *RULES.values()}
 
 LEGEND = """\
 Stored parameters in float32 equivalents, by three rules for an index into VB-LoRA's bank:
   byte   one byte an index, however large the bank (the paper's rule)
   sized  as many bytes an index as the bank needs
   float  four bytes an index, like a weight (the authors' code)
-The other methods store no index, and have one count. "reproduced by" is the rule that gives the printed
-figure, rounded or truncated to its digits (both: either way); r rank, h bank size, b vector length."""
+The other methods store no index, and have one count. "file" is the tensors' true size (exact with --json), for
+VB-LoRA in PEFT's top-k form. "reproduced by" is the rule that gives the printed figure, rounded or truncated to its
+digits (both: either way); r rank, h bank size, b vector length."""
 
 
 def _as_text(comparisons: Sequence[Comparison]) -> str:
@@ -163,7 +164,16 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
     settings = " ".join(
         f"{letter} {row.settings[name]}" for name, letter in short.items() if name in row.settings
     )
-    return (METHOD_NAMES[row.method], row.targets, settings, row.printed, *counts, comparison.verdict)
+    return (METHOD_NAMES[row.method], row.targets, settings, row.printed, *counts, _size(stored.bytes), comparison.verdict)
+
+
+def _size(size: int) -> str:
+    """Bytes to three digits, in powers of 1000."""
+    value, units = float(size), ["B", "kB", "MB", "GB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.3g} {units[0]}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -32,18 +32,17 @@ def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
         flag: the flag, with its argument, that a user without the hub needs.
 
     Raises:
-        ValueError: `what` is no local path, and the hub is out of reach or does not have it.
+        ValueError: `what` is no local path and the hub is out of reach or does not have it, or it is a local
+            path and does not hold what it should.
     """
-    if Path(what).exists():
-        return load()
-    reachable = hub_in_reach()
+    local = Path(what).exists()
+    reachable = local or hub_in_reach()
     try:
         with contextlib.nullcontext() if reachable else _cache_only():
             return load()
     except (OSError, ValueError, RuntimeError) as error:
-        first_line = str(error).split("\n")[0]
-        why = first_line if reachable else "the hub cannot be reached and its cache has no copy"
-        raise ValueError(f"{what}: {why}; without the hub use {flag}") from error
+        why = str(error).split("\n")[0] if reachable else "the hub cannot be reached and its cache has no copy"
+        raise ValueError(f"{what}: {why}" + ("" if local else f"; without the hub use {flag}")) from error
 
 
 def hub_in_reach() -> bool:
