@@ -96,7 +96,8 @@ def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, Trainin
     """The arguments, after the row they name and this script's defaults."""
     if "--row" in arguments:
         arguments = _with_row(arguments)
-    parser = HfArgumentParser([GlueArguments, MethodArguments, TrainingArguments])  # type: ignore[arg-type]
+    kinds: Any = (GlueArguments, MethodArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds)
     parser.set_defaults(**DEFAULTS)
     known = parser.parse_args(arguments)
     if known.output_dir is None:

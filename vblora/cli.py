@@ -149,9 +149,7 @@ def _as_text(comparisons: Sequence[Comparison]) -> str:
         lines += ["", f"Table {table}, {TABLE_TITLES[table]}: {model}", _line(HEADINGS, widths)]
         for comparison, row_cells in group:
             lines.append(_line(row_cells, widths))
-            lines += textwrap.wrap(
-                comparison.row.note, WIDTH, initial_indent="  note: ", subsequent_indent="        "
-            )
+            lines += textwrap.wrap(comparison.row.note, WIDTH, initial_indent="  note: ", subsequent_indent="        ")
     return "\n".join([LEGEND, *lines])
 
 
@@ -161,10 +159,16 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
     if row.method != "vblora":
         counts[1:] = [""] * (len(counts) - 1)
     short = {"r": "r", "num_vectors": "h", "vector_length": "b"}
-    settings = " ".join(
-        f"{letter} {row.settings[name]}" for name, letter in short.items() if name in row.settings
+    settings = " ".join(f"{letter} {row.settings[name]}" for name, letter in short.items() if name in row.settings)
+    return (
+        METHOD_NAMES[row.method],
+        row.targets,
+        settings,
+        row.printed,
+        *counts,
+        _size(stored.bytes),
+        comparison.verdict,
     )
-    return (METHOD_NAMES[row.method], row.targets, settings, row.printed, *counts, _size(stored.bytes), comparison.verdict)
 
 
 def _size(size: int) -> str:

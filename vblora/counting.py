@@ -85,9 +85,7 @@ def peft_index_bytes(num_vectors: int) -> int:
     return 4 if num_vectors < 2**31 else 8
 
 
-def count_vblora(
-    shapes: Sequence[LayerShape], *, r: int, num_vectors: int, vector_length: int, topk: int = 2
-) -> Count:
+def count_vblora(shapes: Sequence[LayerShape], *, r: int, num_vectors: int, vector_length: int, topk: int = 2) -> Count:
     """VB-LoRA: the bank (h x b) and, for each of N sub-vectors, k indices and k - 1 weights.
 
     The weights sum to one, so the last is not stored. In float32 equivalents

@@ -336,13 +336,7 @@ def compare(row: Row) -> Comparison:
     return Comparison(row, counts, {rule: found for rule, found in ways.items() if found})
 
 
-def select_rows(
-    table: int | None = None, model: str | None = None, method: str | None = None
-) -> Sequence[Row]:
+def select_rows(table: int | None = None, model: str | None = None, method: str | None = None) -> Sequence[Row]:
     """The rows of one table, model and method (keys of TABLE_TITLES, MODELS, METHOD_NAMES); None: any."""
     wanted = {"table": table, "model": model, "method": method}
-    return [
-        row
-        for row in ROWS
-        if all(value is None or getattr(row, name) == value for name, value in wanted.items())
-    ]
+    return [row for row in ROWS if all(value is None or getattr(row, name) == value for name, value in wanted.items())]
