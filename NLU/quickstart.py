@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate_vector_bank": 5e-3,
         "learning_rate_logits": 1e-2,
     },
-    "lora": {"lora_alpha": 4, "learning_rate_adapter": 4e-3},
+    "lora": {"lora_alpha": 4, "learning_rate_adapter": 2e-3},
 }
 TITLES = {"vblora": "VB-LoRA", "lora": "LoRA"}
 
@@ -114,7 +114,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def picture(results: dict[str, dict[str, Any]], adapter: Path, path: Path) -> None:
-    """Score by epoch for each method, and which vectors of the bank each sub-vector selects."""
+    """Score by epoch for each method, and which vectors of the bank each factor is made of."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,23 +125,21 @@ def picture(results: dict[str, dict[str, Any]], adapter: Path, path: Path) -> No
         epochs, metric = record["scores"]["epochs"], record["scores"]["metric"]
         label = f"{TITLES[method]}: {record['stored_parameters']['parameters']:,} stored parameters"
         left.plot([e["epoch"] for e in epochs], [e[metric] for e in epochs], marker="o", label=label)
-    left.set(xlabel="epoch", ylabel="Matthews correlation", title="Generated sentences, held-out words included")
+    left.set(xlabel="epoch", ylabel="Matthews correlation", title="Acceptable or not: 500 held-out sentences")
     left.axhline(0, color="grey", linewidth=0.8)
     left.legend(loc="lower right")
-    weights = selection_matrix(adapter)  # (N, h)
-    image = right.imshow(weights, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    right.set(
-        xlabel="vector of the bank",
-        ylabel="sub-vector, layer by layer",
-        title=f"VB-LoRA's selection: {weights.shape[0]:,} sub-vectors, {weights.shape[1]} vectors",
-    )
-    figure.colorbar(image, ax=right, label="weight of the vector in the sub-vector")
+    names, shares = selection_shares(adapter)  # (factors, h)
+    image = right.imshow(shares, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    first = [i for i, name in enumerate(names) if i == 0 or block_of(name) != block_of(names[i - 1])]
+    right.set_yticks(first, [f"block {block_of(names[i])}" for i in first])
+    right.set(xlabel="vector of the bank", title="VB-LoRA: share of each bank vector in each factor")
+    figure.colorbar(image, ax=right, label="share of the factor's weight")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def selection_matrix(adapter: Path) -> Any:
-    """The weight of every vector in every sub-vector of a saved top-k adapter: (N, h), zero but for k a row."""
+def selection_shares(adapter: Path) -> tuple[list[str], Any]:
+    """How the weight of each factor (A or B of one layer) is spread over the bank: names, and rows that sum to 1."""
     import torch
 
     from vblora.methods.vb_lora import VBLoRAConfig
@@ -152,11 +150,19 @@ def selection_matrix(adapter: Path) -> Any:
     config, _ = read_config(adapter)
     assert isinstance(config, VBLoRAConfig)
     tensors, _ = read_tensors(adapter / TENSOR_FILE)
-    rows = [
-        torch.zeros(len(indices), config.num_vectors, dtype=weights.dtype).scatter_(1, indices, weights)
-        for indices, weights in selections(tensors, config)
+    names = sorted(name for name in tensors if name.endswith("topk_indices"))
+    ordered = {name: tensors[name] for key in names for name in (key, key.replace("topk_indices", "topk_weights"))}
+    shares = [
+        torch.zeros(config.num_vectors, dtype=weights.dtype).scatter_add_(0, indices.flatten(), weights.flatten())
+        / len(indices)
+        for indices, weights in selections(ordered, config)
     ]
-    return torch.cat(rows).numpy()
+    return names, torch.stack(shares).numpy()
+
+
+def block_of(name: str) -> str:
+    """The number of the encoder block a tensor belongs to."""
+    return next(part for part in name.split(".") if part.isdecimal())
 
 
 if __name__ == "__main__":
