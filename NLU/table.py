@@ -46,8 +46,8 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
 def render(records: list[dict[str, Any]]) -> str:
     """The Markdown table."""
     lines = [
-        "| task | method | stored parameters | adapter bytes | last epoch | best epoch | epochs | training |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| task | method | stored parameters | adapter bytes | last epoch | best epoch | epochs |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for record in records:
         stored, scores = record["stored_parameters"], record["scores"]
@@ -55,7 +55,7 @@ def render(records: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {record['task']} ({METRICS[metric]}) | {TITLES.get(record['method'], record['method'])} "
             f"| {stored['parameters']:,} | {stored['bytes']:,} | {scores['last'][metric]:.3f} "
-            f"| {scores['best'][metric]:.3f} | {scores['last']['epoch']:g} | {record['train_seconds'] / 60:.0f} min |"
+            f"| {scores['best'][metric]:.3f} | {scores['last']['epoch']:g} |"
         )
     return "\n".join(lines)
 

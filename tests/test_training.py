@@ -1,0 +1,114 @@
+"""Flags, records and the trainer's small parts. Whole runs are tested in tests/nlu/test_run_glue.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vblora.methods.switch import parse_settings
+from vblora.storage.files import read_json, write_json
+from vblora.training import commands, records
+from vblora.training.arguments import MethodArguments
+
+LOG = [
+    {"loss": 1.0, "epoch": 1.0},
+    {"eval_accuracy": 0.5, "eval_f1": 0.4, "eval_runtime": 3.0, "epoch": 1.0},
+    {"eval_accuracy": 0.8, "eval_f1": 0.7, "eval_runtime": 3.0, "epoch": 2.0},
+    {"eval_accuracy": 0.7, "eval_f1": 0.6, "eval_runtime": 3.0, "epoch": 3.0},
+]
+
+
+def test_scores_are_kept_per_epoch_at_the_last_and_at_the_best():
+    scores = records.scores(LOG, "accuracy")
+    assert scores["last"] == {"epoch": 3.0, "accuracy": 0.7, "f1": 0.6}
+    assert scores["best"] == {"epoch": 2.0, "accuracy": 0.8, "f1": 0.7}
+    assert [epoch["epoch"] for epoch in scores["epochs"]] == [1.0, 2.0, 3.0]
+
+
+def test_a_run_without_evaluation_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="eval_strategy"):
+        records.scores(LOG[:1], "accuracy")
+
+
+def test_begin_goes_on_refuses_and_returns_the_finished(tmp_path):
+    assert records.begin(tmp_path, {"seed": 0, "output_dir": "here"}) is None
+    assert records.begin(tmp_path, {"seed": 0, "output_dir": "elsewhere"}) is None  # goes on
+    with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
+        records.begin(tmp_path, {"seed": 1})
+    records.finish(tmp_path, {"score": 0.5})
+    assert records.begin(tmp_path, {"seed": 0}) == {"score": 0.5}
+
+
+def test_the_last_whole_checkpoint_is_found(tmp_path):
+    for step in (9, 10, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert records.last_checkpoint(tmp_path) is None
+    for step in (9, 10):  # 11 was interrupted while it was written
+        write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
+    assert records.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_flags_become_the_fields_of_each_method():
+    arguments = MethodArguments(method="vblora", rank=4, topk=3, num_vectors=9, vector_length=8, adapter_dropout=0.1)
+    assert arguments.settings(["query"], ["classifier"]) == {
+        "target_modules": ["query"],
+        "modules_to_save": ["classifier"],
+        "r": 4,
+        "topk": 3,
+        "num_vectors": 9,
+        "vector_length": 8,
+        "vblora_dropout": 0.1,
+    }
+    lora = MethodArguments(method="lora", rank=8, lora_alpha=16, adapter_dropout=0.1, method_settings='{"bias": "all"}')
+    settings = lora.settings("all-linear", None)
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"], settings["bias"]) == (8, 16, 0.1, "all")
+
+
+def test_learning_rates_of_the_paper_are_vb_loras_alone():
+    assert MethodArguments(method="vblora").rates() == {
+        "lr_vector_bank": 1e-3,
+        "lr_logits": 1e-2,
+        "lr_adapter": None,
+    }
+    assert set(MethodArguments(method="lora").rates().values()) == {None}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", "{"])
+def test_settings_that_are_no_json_object_are_refused(text):
+    with pytest.raises(ValueError, match="JSON"):
+        parse_settings(text)
+
+
+def test_a_value_error_is_one_line_and_exit_code_2(capsys):
+    def main(arguments):
+        raise ValueError("two\nlines")
+
+    with pytest.raises(SystemExit) as caught:
+        commands.run(main, "script")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "script: error: two lines\n"
+
+
+def test_a_local_folder_that_is_no_model_is_named(tmp_path):
+    def load():
+        raise OSError("no config.json in it\nand more")
+
+    with pytest.raises(ValueError) as caught:
+        commands.from_hub(load, str(tmp_path), "--flag DIR")
+    assert str(caught.value) == f"{tmp_path}: no config.json in it"
+
+
+def test_environment_has_versions_and_no_path():
+    environment = records.environment()
+    assert {"torch", "transformers", "vblora", "python"} <= environment["versions"].keys()
+    assert "/" not in json.dumps({k: v for k, v in environment.items() if k != "date"})
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "record.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"new": object()})
+    assert read_json(path) == {"old": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
