@@ -32,6 +32,7 @@ def main() -> None:
     base = RobertaForSequenceClassification(RobertaConfig(vocab_size=100))  # the vocabulary is not adapted
     sizes = {
         "VB-LoRA here, top-k form": ours(base, "topk"),
+        'VB-LoRA here, top-k form, format="native"': ours(base, "topk", "native"),
         "VB-LoRA here, full form (to go on training)": ours(base, "full"),
         "VB-LoRA in PEFT, top-k form": theirs(base, peft.VBLoRAConfig(**BANK, save_only_topk_weights=True, **where())),
         "VB-LoRA in PEFT, default (all logits)": theirs(base, peft.VBLoRAConfig(**BANK, **where())),
@@ -49,11 +50,11 @@ def where() -> dict[str, Any]:
     return {"target_modules": list(TARGETS)}
 
 
-def ours(base: nn.Module, form: str) -> int:
+def ours(base: nn.Module, form: str, format: str = "auto") -> int:
     model = copy.deepcopy(base)
     adapter = vblora.attach(model, vblora.VBLoRAConfig(**BANK, **where()), seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        adapter.save(folder, form=form)
+        vblora.save(adapter, folder, form=form, format=format)
         return tensor_bytes(folder)
 
 
