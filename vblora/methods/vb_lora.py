@@ -178,10 +178,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         # In float32 whatever the adapter's precision: PEFT reads the weights in no other.
         weights = self.topk_logits.float().softmax(dim=-1)[:, :-1]  # (N, k - 1)
         # The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
-        # Where it would be, the largest weight gives a little more than is missing (the sum is rounded again).
-        excess = weights.sum(dim=-1, keepdim=True) - 1
-        excess = torch.where(excess > 0, excess + 2 * torch.finfo(torch.float32).eps, 0.0)
-        weights = torch.cat([weights[:, :1] - excess, weights[:, 1:]], dim=1)
+        above = weights.sum(dim=-1, keepdim=True) > 1
+        weights = torch.where(above, weights * (1 - 4 * torch.finfo(torch.float32).eps), weights)
         return {**bank, "topk_indices": self.topk_indices, "topk_weights": weights}
 
     @torch.no_grad()
