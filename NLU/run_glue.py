@@ -33,9 +33,10 @@ from transformers import (
 from glue_data import TaskData, load_task, tokenize
 from glue_tasks import Task, compute_metrics, get_task
 from hyperparameters import TARGETS, row
-from vblora.methods.switch import Adapted, apply_method
+from vblora.adapter import Adapter
+from vblora.methods.switch import Adapted, apply_method, field_names, read_config_file
 from vblora.training import commands, records
-from vblora.training.arguments import MethodArguments, given
+from vblora.training.arguments import FIELDS_OF_FLAG, MethodArguments, given
 from vblora.training.trainer import AdapterTrainer, KeepBest
 
 # What a run does unless told otherwise: one evaluation and one checkpoint per epoch.
@@ -74,17 +75,18 @@ def main(arguments: list[str]) -> dict[str, Any]:
     glue, method, training = parse(arguments)
     task = get_task(glue.task)
     out = Path(str(training.output_dir))
-    plan = {**given(glue), **given(method), **_chosen(training)}
-    plan["model_name_or_path"] = model_name(glue.model_name_or_path)
+    data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
+    plan = make_plan(glue, method, training, data)
     if done := records.begin(out, plan):
         print(f"{out} is finished already: {_summary(done)}")
         return done
 
     set_seed(training.seed)
-    data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
     adapted, tokenizer = build(glue, method, task)
     trainer = make_trainer(glue, method, training, data, adapted, tokenizer, out)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    if not trainer.is_world_process_zero():
+        return {}
     adapted.adapter.save(str(out / "last"))
     record = make_record(plan, task, data, trainer, out)
     records.finish(out, record)
@@ -94,6 +96,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
     """The arguments, after the row they name and this script's defaults."""
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     if "--row" in arguments:
         arguments = _with_row(arguments)
     kinds: Any = (GlueArguments, MethodArguments, TrainingArguments)
@@ -104,21 +107,69 @@ def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, Trainin
         name = f"{model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
         arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
     glue, method, training = parser.parse_args_into_dataclasses(arguments)
+    _check(glue, method, training)
     # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
     # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
     training._n_gpu = min(training.n_gpu, 1)
     return glue, method, training
 
 
+def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArguments) -> None:
+    """Refuse before anything is loaded what would fail, or do nothing, after the training."""
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: the scores come from the evaluations")
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise ValueError(f"--num_train_epochs must be above 0, not {training.num_train_epochs:g}")
+    if glue.max_length < 3:
+        raise ValueError(f"--max_length must be at least 3, not {glue.max_length}")
+    if method.method == "full":
+        for flag in ("targets", "head"):
+            if getattr(glue, flag) != GlueArguments.__dataclass_fields__[flag].default:
+                raise ValueError(f"--{flag} does nothing with --method full: leave it out")
+
+
 def _with_row(arguments: list[str]) -> list[str]:
-    """The flags of the row that --row names, in front of the other flags."""
+    """The flags of the row that --row names, in front of the other flags.
+
+    The rows are VB-LoRA's: for another method, what only VB-LoRA has is left out.
+    """
     at = arguments.index("--row")
     name = arguments[at + 1] if at + 1 < len(arguments) else ""
     if name.count("/") != 2:
         raise ValueError(f"--row takes MODEL/TASK/TARGETS, for example roberta_base/cola/all, not {name!r}")
     rest = arguments[:at] + arguments[at + 2 :]
     flags = row(*name.split("/"))
+    if "--method" in rest[:-1] and (method := rest[rest.index("--method") + 1]) != "vblora":
+        known = field_names(method)
+        flags = {f: v for f, v in flags.items() if not _is_useless(f, known)}
+        if method == "full":
+            del flags["targets"]
     return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))] + rest
+
+
+def _is_useless(flag: str, known: set[str]) -> bool:
+    """Whether a flag of a row means nothing to a method with these fields."""
+    if flag in ("learning_rate_vector_bank", "learning_rate_logits"):
+        return True
+    return flag in FIELDS_OF_FLAG and not known & set(FIELDS_OF_FLAG[flag])
+
+
+def make_plan(
+    glue: GlueArguments, method: MethodArguments, training: TrainingArguments, data: TaskData
+) -> dict[str, Any]:
+    """All that decides the result of a run; two runs of one plan are the same run."""
+    plan = {**given(glue), **given(method), **_chosen(training), "data_fingerprint": data.fingerprint}
+    plan.pop("data_dir", None)
+    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
+    folder = Path(glue.model_name_or_path)
+    if folder.is_dir():
+        plan["model_fingerprint"] = records.folder_fingerprint(folder)
+    if method.method.endswith(".json"):
+        plan["method"] = Path(method.method).name
+        plan["method_file"] = read_config_file(method.method)
+        plan["targets"] = "as in the file" if "target_modules" in plan["method_file"] else glue.targets
+    plan["model_name_or_path"] = model_name(glue.model_name_or_path)
+    return plan
 
 
 def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Adapted, Any]:
@@ -166,7 +217,7 @@ def make_trainer(
 def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: AdapterTrainer, out: Path) -> dict[str, Any]:
     """Everything there is to know of the run."""
     adapter, steps, seconds = trainer.adapter, trainer.state.global_step, trainer.train_seconds
-    examples = trainer.state.num_train_epochs * len(data["train"])
+    examples = (trainer.state.epoch or 0) * len(data["train"])
     return {
         "experiment": "glue",
         "task": task.name,
@@ -174,7 +225,8 @@ def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: Adapt
         "method": plan["method"],
         "targets": plan["targets"],
         "seed": plan.get("seed", trainer.args.seed),
-        "settings": {k: v for k, v in plan.items() if k not in records.FREE_TO_CHANGE},
+        "settings": plan,
+        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
         "data": {
             "fingerprint": data.fingerprint,
             "train_rows": len(data["train"]),
@@ -202,7 +254,8 @@ def _chosen(training: TrainingArguments) -> dict[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(training)}
     values = {name: getattr(training, name) for name in defaults}
     always = ("seed", "learning_rate", "num_train_epochs", "weight_decay")
-    plain = {n: v for n, v in values.items() if isinstance(v, (str, int, float, bool)) and n != "output_dir"}
+    kinds = (str, int, float, bool, dict, list)
+    plain = {n: v for n, v in values.items() if isinstance(v, kinds) and n not in records.FREE_TO_CHANGE}
     return {n: getattr(v, "value", v) for n, v in plain.items() if n in always or v != defaults[n]}
 
 

@@ -36,11 +36,16 @@ def read(paths: list[Path]) -> list[dict[str, Any]]:
     Raises:
         ValueError: there are none.
     """
-    files = [f for path in paths for f in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
+    files = [f for path in paths for f in (_record_files(path) if path.is_dir() else [path])]
     records = [record for record in map(read_json, files) if record.get("experiment") == "glue"]
     if not records:
         raise ValueError(f"no run record in {', '.join(map(str, paths))}")
     return sorted(records, key=lambda r: -r["stored_parameters"]["parameters"])
+
+
+def _record_files(folder: Path) -> list[Path]:
+    """The JSON files of a folder of results, and the records of the runs below it."""
+    return sorted({*folder.glob("*.json"), *folder.rglob("record.json")})
 
 
 def render(records: list[dict[str, Any]]) -> str:

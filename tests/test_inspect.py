@@ -7,6 +7,7 @@ import json
 import core_helpers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vblora
 from vblora import cli
@@ -86,3 +87,31 @@ def test_an_index_outside_the_bank_is_named(saved):
     tensors = {"topk_indices": torch.full((4, 3), 12), "topk_weights": torch.full((4, 2), 0.3)}
     with pytest.raises(ValueError, match="topk_indices: an index lies outside the bank of 12"):
         list(selections(tensors, adapter.config))
+
+
+def spoil(directory, change):
+    path = directory / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors, next(key for key in tensors if "query" in key and "_A" in key))
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("topk", lambda t, key: t.pop(key.replace("indices", "weights")), "beside it|no mixture"),
+        ("topk", lambda t, key: t[key.replace("indices", "weights")].fill_(9.0), "no mixture"),
+        ("full", lambda t, key: t.update({key: t[key][..., :2].contiguous()}), "the bank has 12 vectors"),
+        ("full", lambda t, key: t[key].fill_(float("nan")), "NaN"),
+    ],
+    ids=["weights_missing", "weights_too_large", "logits_narrow", "logits_nan"],
+)
+def test_damage_inside_a_file_is_named(form, change, message, saved):
+    _, directory = saved(form)
+
+    def to_indices(tensors, key):
+        change(tensors, key.replace("weights", "indices"))
+
+    spoil(directory, to_indices)
+    with pytest.raises(ValueError, match=message):
+        describe(directory)

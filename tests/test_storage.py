@@ -559,3 +559,14 @@ def test_stored_weights_never_sum_to_more_than_one(topk):
         weights = adapter.tensors("topk")["topk_weights"]
         assert (1 - weights.sum(-1) >= 0).all() and (weights >= 0).all()
     assert rounded_up > 0 or topk == 2  # it does happen, and is mended
+
+
+def test_a_weight_rounded_below_zero_is_read_as_zero(good, tmp_path):
+    def below_zero(tensors):
+        key = next(key for key in tensors if key.endswith("topk_weights"))
+        tensors[key].flatten()[0] = -1e-7
+
+    model = build("bert")
+    vblora.load(model, spoil(good, "peft-topk", tmp_path, below_zero))
+    with torch.no_grad():
+        assert run(model, make_batch("bert")).isfinite().all()

@@ -162,3 +162,11 @@ def test_a_configuration_survives_the_way_through_a_dictionary(config_class):
     config = config_class(r=3, target_modules={"b", "a"}, layers_to_transform=(2, 1), layers_pattern=["h"])
     assert config.target_modules == ["a", "b"] and config.layers_to_transform == [1, 2]
     assert config_class.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+def test_a_name_that_matches_nothing_beside_others_is_warned_of(field):
+    names = {"target_modules": ["query", "value"]}
+    names[field] = ["query", "vaule"] if field == "target_modules" else ["vaule"]
+    with pytest.warns(UserWarning, match=f"{field}: no module is called vaule"):
+        find_targets(build("bert"), vblora.VBLoRAConfig(**names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from vblora.methods.switch import parse_settings
 from vblora.storage.files import read_json, write_json
 from vblora.training import commands, records
 from vblora.training.arguments import MethodArguments
+from vblora.training.trainer import KeepBest
 
 LOG = [
     {"loss": 1.0, "epoch": 1.0},
@@ -40,13 +42,50 @@ def test_begin_goes_on_refuses_and_returns_the_finished(tmp_path):
     assert records.begin(tmp_path, {"seed": 0}) == {"score": 0.5}
 
 
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "topk", "rank", "data_fingerprint", "method"])
+def test_begin_refuses_whatever_changes_the_result(key, tmp_path):
+    records.begin(tmp_path, {key: 1})
+    with pytest.raises(ValueError, match=f"{key}: 1 before, 2 now"):
+        records.begin(tmp_path, {key: 2})
+
+
 def test_the_last_whole_checkpoint_is_found(tmp_path):
-    for step in (9, 10, 11):
+    for step in ("9", "10", "11", "12", "13-old"):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert records.last_checkpoint(tmp_path) is None
-    for step in (9, 10):  # 11 was interrupted while it was written
+    for step in ("9", "10", "13-old"):  # 11 was interrupted before its last file was written
         write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": ')  # and 12 while it was
     assert records.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_best_adapter_is_kept_and_not_a_later_one(tmp_path):
+    saved = []
+
+    class Adapter:
+        def save(self, directory):
+            saved.append(directory)
+
+    state = SimpleNamespace(log_history=[], is_world_process_zero=True)
+    keep = KeepBest(Adapter(), "accuracy", tmp_path)
+    counts = []
+    for score in (0.5, 0.4, 0.7, 0.7, 0.6):
+        state.log_history.append({"eval_accuracy": score})
+        keep.on_evaluate(None, state, None)
+        counts.append(len(saved))
+    assert counts == [1, 1, 2, 2, 2]
+    state.is_world_process_zero = False
+    state.log_history.append({"eval_accuracy": 0.9})
+    keep.on_evaluate(None, state, None)
+    assert len(saved) == 2  # another process writes
+
+
+def test_a_models_fingerprint_changes_with_its_weights_and_not_with_its_place(tmp_path):
+    for folder, content in (("one", b"1"), ("two", b"1"), ("three", b"2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(content)
+    one, two, three = (records.folder_fingerprint(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two != three
 
 
 def test_flags_become_the_fields_of_each_method():
@@ -80,14 +119,22 @@ def test_settings_that_are_no_json_object_are_refused(text):
         parse_settings(text)
 
 
-def test_a_value_error_is_one_line_and_exit_code_2(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("two\nlines"), 2, "script: error: two lines"),
+        (FileExistsError("there is a file"), 2, "script: error: there is a file"),
+        (KeyboardInterrupt(), 130, "script: interrupted; the same command goes on from the last checkpoint"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(error, code, line, capsys):
     def main(arguments):
-        raise ValueError("two\nlines")
+        raise error
 
     with pytest.raises(SystemExit) as caught:
         commands.run(main, "script")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "script: error: two lines\n"
+    assert caught.value.code == code
+    assert capsys.readouterr().err.strip() == line
 
 
 def test_a_local_folder_that_is_no_model_is_named(tmp_path):

@@ -15,6 +15,7 @@ graph up, gets a new composition per segment.
 
 from __future__ import annotations
 
+import keyword
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
     saved = find_saved(model, config)
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
+    if not isinstance(seed, int):
+        raise ValueError(f"seed must be a whole number, not {seed!r}")
     return install(model, adapter_class(config, targets, seed), name, saved)
 
 
@@ -62,7 +65,7 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
 def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[str, nn.Module]) -> Adapter:
     """Put a ready adapter into the model; what `attach` and `vblora.load` end with."""
     name = name or f"{adapter.config.method}_adapter"
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} cannot be the name of an adapter: it becomes an attribute of the model")
     if hasattr(model, name):
         raise ValueError(f"the model already has {name!r}: detach it first, or use another name")

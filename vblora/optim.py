@@ -67,6 +67,9 @@ def param_groups(
     for name, rate in given.items():
         if rate is not None and not members[name]:
             raise ValueError(f"lr_{name} is given, but the model has no trainable {name} parameters")
+    for name, value in {**rates, "weight_decay": weight_decay}.items():
+        if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"the rate of {name} must be a number of at least 0, not {value!r}")
     groups = []
     for name, parameters in members.items():
         if not parameters:
@@ -144,8 +147,11 @@ class AdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 adapter = owner_of(parameter)
-                if adapter is not None:
-                    adapter._require_logits()
+                if adapter is None:
+                    continue
+                adapter._require_logits()
+                if group.get("maximize") or group.get("amsgrad"):
+                    raise ValueError("maximize and amsgrad are not offered for VB-LoRA's logits")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

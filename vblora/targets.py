@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,17 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             raise ValueError(
                 f"{name} is a {type(module).__name__}; an adapter needs nn.Linear, Conv1D or a bitsandbytes layer"
             )
+    _warn_of_idle_names(config, list(names))
     return targets
+
+
+def _warn_of_idle_names(config: AdapterConfig, names: list[str]) -> None:
+    """One misspelt name among several would otherwise be silently left out."""
+    for field in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field)
+        idle = [w for w in wanted or [] if not any(n == w or n.endswith(f".{w}") for n in names)]
+        if isinstance(wanted, list) and idle:
+            warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=4)
 
 
 def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:

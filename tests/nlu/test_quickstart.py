@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
+import generate_cola
 import quickstart
 import table
 import vblora
@@ -40,10 +41,16 @@ def test_other_weights_are_refused(monkeypatch):
 
 def test_the_table_has_the_untrained_head_and_each_method():
     lora = copy.deepcopy(RECORD) | {"method": "lora", "train_seconds": 99.6}
-    text = quickstart.table({"vblora": RECORD, "lora": lora})
-    assert "| untrained head | 0 | 0 | 0 | 0.010 | 0 s |" in text
+    text = quickstart.table({"vblora": RECORD, "lora": lora}, 0.024)
+    assert "| untrained head | | | | 0.010 | |" in text
+    assert "| bag of words (logistic regression) | | | | 0.024 | |" in text
     assert "| VB-LoRA | 13,464 | 53,856 | 78,560 | 0.600 (0.700) | 123 s |" in text
     assert "| LoRA | 13,464 | 53,856 | 78,560 | 0.600 (0.700) | 100 s |" in text
+
+
+def test_a_bag_of_words_gets_little_on_the_quick_starts_sentences(tmp_path):
+    generate_cola.write(tmp_path, 2000, 500, 0, quickstart.PHENOMENA)
+    assert abs(quickstart.bag_of_words(tmp_path)) < 0.1
 
 
 def test_the_picture_shows_shares_that_sum_to_one_for_each_factor(tmp_path):

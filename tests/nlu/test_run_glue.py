@@ -202,11 +202,54 @@ def test_rows_are_padded_to_the_longest_of_their_batch_only(flags, monkeypatch):
         (["--method_settings", "{"], "no JSON"),
         (["--row", "roberta_base"], "--row takes MODEL/TASK/TARGETS"),
         (["--data_dir", "nonesuch"], "nonesuch"),
+        (["--eval_strategy", "no"], "--eval_strategy no leaves nothing to record"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
+        (["--max_length", "0"], "--max_length must be at least 3"),
+        (["--method", "full", "--targets", "qv"], "--targets does nothing with --method full"),
+        (["--optim", "adafactor"], "--optim"),
+        (["--load_best_model_at_end", "true"], "--load_best_model_at_end does nothing"),
+        (["--learning_rate", "nan"], "must be a number of at least 0, not nan"),
+        (["--learning_rate_vector_bank", "-1"], "must be a number of at least 0, not -1"),
     ],
 )
 def test_wrong_input_is_a_value_error_that_names_it(wrong, message, flags):
     with pytest.raises(ValueError, match=re.escape(message)):
         run_glue.main(flags(*([] if "--method" in wrong else SIZES), *wrong))
+
+
+def test_other_data_or_another_model_in_the_same_folder_is_refused(flags, encoder, tmp_path):
+    run_glue.main(flags(*SIZES))
+    generate_cola.write(tmp_path / "other_data", 64, 40, 1)
+    with pytest.raises(ValueError, match="data_fingerprint"):
+        run_glue.main(flags(*SIZES, "--data_dir", str(tmp_path / "other_data")))
+    model = BertForSequenceClassification.from_pretrained(encoder)
+    with torch.no_grad():
+        model.bert.pooler.dense.bias.add_(1)
+    other = tmp_path / "elsewhere" / encoder.name
+    model.save_pretrained(other)
+    BertTokenizerFast.from_pretrained(encoder).save_pretrained(other)
+    with pytest.raises(ValueError, match="model_fingerprint"):
+        run_glue.main(flags(*SIZES, "--model_name_or_path", str(other)))
+
+
+def test_a_peft_file_rules_over_the_task_and_flags_over_the_file(flags, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["query"], "modules_to_save": None}))
+    record = run_glue.main(flags("--method", str(path)))
+    assert record["stored_parameters"]["parameters"] == 2 * 4 * (32 + 32)  # two query layers
+    assert record["head_parameters"] == 32 * 2 + 2  # a null in the file leaves the task's head
+    assert (record["method"], record["targets"]) == ("mine.json", "as in the file")
+    smaller = flags("--method", str(path), "--method_settings", '{"r": 2}', out=tmp_path / "smaller")
+    assert run_glue.main(smaller)["stored_parameters"]["parameters"] == 2 * 2 * (32 + 32)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "lora_xs"])
+def test_a_row_serves_other_methods_without_what_is_vb_loras_alone(method):
+    glue, chosen, training = run_glue.parse(["--row=roberta_base/cola/all", f"--method={method}"])
+    assert training.num_train_epochs == 80 and training.learning_rate == 2e-2
+    assert chosen.topk is None and chosen.learning_rate_logits is None
+    assert chosen.rank == (None if method == "full" else 4)
+    assert glue.max_length == 512
 
 
 def test_an_unknown_flag_is_refused(flags):

@@ -12,41 +12,26 @@ from torch import Tensor, nn
 from vblora import counting
 from vblora.adapter import Adapter, TensorSpec
 from vblora.bank import Factors
-from vblora.config import AdapterConfig
+from vblora.config import AdapterConfig, ScaledConfig
 from vblora.counting import LayerShape
 from vblora.targets import full_weight
 
 
 @dataclass(kw_only=True)
-class LoRAXSConfig(AdapterConfig):
-    """Settings of LoRA-XS (see also `AdapterConfig`).
+class LoRAXSConfig(ScaledConfig):
+    """Settings of LoRA-XS (see also `ScaledConfig`).
 
     Args:
-        lora_alpha: the update is scaled by lora_alpha / r, as in LoRA; r (no scaling) unless given.
-        lora_dropout: dropout probability on the factors' input.
         init_std: the r x r matrices start normal with this standard deviation (the paper's 1e-5).
     """
 
     method: ClassVar[str] = "lora_xs"
 
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
     init_std: float = 1e-5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_probability("lora_dropout")
         self.require_number("init_std")
-        if self.lora_alpha is not None:
-            self.require_number("lora_alpha")
-
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    @property
-    def scaling(self) -> float:
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
 
 class LoRAXS(Adapter, config=LoRAXSConfig):

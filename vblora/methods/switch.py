@@ -11,6 +11,7 @@ from torch import nn
 from vblora.adapter import Adapter, attach
 from vblora.counting import Count, count_full
 from vblora.methods.peft_bridge import PeftAdapter, peft_config, peft_config_class, peft_config_from_dict
+from vblora.storage.files import read_json
 
 OWN_METHODS = {config.method: config for config in Adapter.methods}
 
@@ -57,7 +58,7 @@ def apply_method(model: nn.Module, method: str, settings: dict[str, Any]) -> Ada
         model: the base model; adapted in place.
         method: "full", "vblora", "tied_lora", "lora_xs", any method of PEFT by name ("lora", "vera", "dora",
             "olora", ...), or the path of a PEFT configuration as JSON.
-        settings: the method's settings by their configuration's field names.
+        settings: the method's settings by their configuration's field names; they override a JSON file's.
 
     Raises:
         ValueError: an unknown method or setting, or one that does not fit the model.
@@ -69,7 +70,7 @@ def apply_method(model: nn.Module, method: str, settings: dict[str, Any]) -> Ada
     if method in OWN_METHODS:
         return Adapted(model, attach(model, OWN_METHODS[method].from_dict(settings)))
     if method.endswith(".json"):
-        bridge = PeftAdapter(model, peft_config_from_dict({**settings, **_read(Path(method))}))
+        bridge = PeftAdapter(model, peft_config_from_dict({**read_config_file(method), **settings}))
     else:
         bridge = PeftAdapter(model, peft_config(method, settings))
     return Adapted(bridge.model, bridge)
@@ -84,10 +85,9 @@ def field_names(method: str) -> set[str]:
     return set(peft_config_class(method).__dataclass_fields__)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    from vblora.storage.files import read_json
-
-    return read_json(path)
+def read_config_file(path: str) -> dict[str, Any]:
+    """The settings that a PEFT configuration in JSON gives; a null gives none."""
+    return {key: value for key, value in read_json(Path(path)).items() if value is not None}
 
 
 def parse_settings(text: str) -> dict[str, Any]:

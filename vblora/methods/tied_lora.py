@@ -13,37 +13,15 @@ from torch import Tensor, nn
 from vblora import counting
 from vblora.adapter import Adapter, TensorSpec
 from vblora.bank import Factors
-from vblora.config import AdapterConfig
+from vblora.config import AdapterConfig, ScaledConfig
 from vblora.counting import LayerShape
 
 
 @dataclass(kw_only=True)
-class TiedLoRAConfig(AdapterConfig):
-    """Settings of Tied-LoRA (see also `AdapterConfig`).
-
-    Args:
-        lora_alpha: the update is scaled by lora_alpha / r, as in LoRA; r (no scaling) unless given.
-        lora_dropout: dropout probability on the factors' input.
-    """
+class TiedLoRAConfig(ScaledConfig):
+    """Settings of Tied-LoRA: see `ScaledConfig`."""
 
     method: ClassVar[str] = "tied_lora"
-
-    lora_alpha: float | None = None
-    lora_dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_probability("lora_dropout")
-        if self.lora_alpha is not None:
-            self.require_number("lora_alpha")
-
-    @property
-    def dropout(self) -> float:
-        return self.lora_dropout
-
-    @property
-    def scaling(self) -> float:
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
 
 class TiedLoRA(Adapter, config=TiedLoRAConfig):

@@ -190,7 +190,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
             self.logits = torch.empty_like(tensors["logits"], dtype=self.vector_bank.dtype, device=device)
             self.select(tensors["logits"])
             return
-        first = tensors["topk_weights"].float()  # (N, k - 1)
+        first = tensors["topk_weights"].float().clamp(min=0)  # (N, k - 1)
         last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
         self.topk_logits.copy_(torch.cat([first, last], dim=1).log())
         self.topk_indices.copy_(tensors["topk_indices"])

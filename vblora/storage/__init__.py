@@ -208,14 +208,15 @@ def check_tensors(tensors: dict[str, Tensor], specs: dict[str, TensorSpec]) -> N
         if tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this model and configuration need {spec.shape}")
         if spec.below is None:
-            _check_floats(name, tensor)
+            check_floats(name, tensor)
         else:
             _check_indices(name, tensor, spec.below)
     if "topk_weights" in tensors:
-        _check_weights(tensors["topk_weights"])
+        check_weights(tensors["topk_weights"])
 
 
-def _check_floats(name: str, tensor: Tensor) -> None:
+def check_floats(name: str, tensor: Tensor) -> None:
+    """Refuse anything but finite floating point numbers."""
     if not tensor.is_floating_point():
         raise ValueError(f"{name} holds {describe_dtype(tensor)}, not floating point numbers")
     if not torch.isfinite(tensor).all():
@@ -233,7 +234,7 @@ def _check_indices(name: str, tensor: Tensor, below: int) -> None:
         raise ValueError(f"{name} selects the same vector twice for one sub-vector")
 
 
-def _check_weights(weights: Tensor) -> None:
+def check_weights(weights: Tensor) -> None:
     """Each row is the first k - 1 of k weights that are at least 0 and sum to 1 (up to rounding)."""
     slack = 1e-2 if weights.dtype in (torch.float16, torch.bfloat16) else 1e-5
     values = weights.float()
@@ -266,4 +267,4 @@ def _check_heads(heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         if tensor.shape != wanted[key].shape:
             raise ValueError(f"{key} has shape {tuple(tensor.shape)}; the model has {tuple(wanted[key].shape)}")
         if wanted[key].is_floating_point():
-            _check_floats(key, tensor)
+            check_floats(key, tensor)

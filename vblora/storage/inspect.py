@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vblora.methods.vb_lora import VBLoRAConfig
-from vblora.storage import HEAD_PREFIX, TENSOR_FILE, read_config
+from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, read_config
 from vblora.storage.files import describe_dtype, read_tensors
 from vblora.storage.peft_format import BANK, PREFIX
 
@@ -18,7 +18,7 @@ from vblora.storage.peft_format import BANK, PREFIX
 def describe(directory: str | Path) -> dict[str, Any]:
     """The content of an adapter directory as plain values.
 
-    Keys: method, format, form, settings, layers, parts (what kinds of tensor: how many, numbers, bytes, types),
+    Keys: method, format, form, settings, parts (what kinds of tensor: how many, numbers, bytes, types),
     adapter_bytes, head_parameters, head_bytes, file_bytes, init_seed; for VB-LoRA also sub_vectors and selection
     (vectors of the bank in use, and the share of the most used one).
 
@@ -30,6 +30,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
     tensors, metadata = read_tensors(directory / TENSOR_FILE)
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            check_floats(name, tensor)
         part = parts.setdefault(_part_of(name, is_peft), {"tensors": 0, "numbers": 0, "bytes": 0, "types": []})
         part["tensors"] += 1
         part["numbers"] += tensor.numel()
@@ -57,7 +59,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
 def render(content: dict[str, Any]) -> str:
     """The same for reading."""
     settings = content["settings"]
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value not in (None, 0.0))
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
     lines = [
         f"{content['method']}, {content['format']}, {content['form']} form",
         f"settings      {shown}",
@@ -89,10 +91,16 @@ def selections(tensors: dict[str, Tensor], config: VBLoRAConfig) -> Iterator[tup
     """
     for name, tensor in tensors.items():
         if name.endswith("topk_indices"):
-            first = tensors[name.replace("topk_indices", "topk_weights")].double()
+            beside = name.replace("topk_indices", "topk_weights")
+            if beside not in tensors:
+                raise ValueError(f"{name} has no {beside} beside it")
+            check_weights(tensors[beside])
+            first = tensors[beside].double()
             weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1)
             indices = tensor.long()
         elif name == "logits" or name.endswith(("vblora_logits_A", "vblora_logits_B")):
+            if tensor.shape[-1] != config.num_vectors:
+                raise ValueError(f"{name} is {tensor.shape[-1]} wide; the bank has {config.num_vectors} vectors")
             values, indices = tensor.double().topk(config.topk, dim=-1)
             weights = values.softmax(dim=-1)
         else:
@@ -110,6 +118,8 @@ def _selection(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, An
     for indices, weights in selections(tensors, config):
         total.scatter_add_(0, indices.flatten(), weights.flatten())
         n += indices.shape[0]
+    if n == 0:
+        raise ValueError("the file holds no selection and no logits")
     return {
         "sub_vectors": n,
         "selection": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vblora.methods.switch import field_names, parse_settings
+from vblora.methods.switch import field_names, parse_settings, read_config_file
 
 # Which field of a method's configuration a flag sets: the first of these that the configuration has.
 FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
@@ -59,6 +59,9 @@ class MethodArguments:
         """
         known = field_names(self.method)
         chosen: dict[str, Any] = {"target_modules": target_modules, "modules_to_save": modules_to_save}
+        if self.method.endswith(".json"):  # what the file says goes before what the task would choose
+            in_file = read_config_file(self.method)
+            chosen = {key: value for key, value in chosen.items() if key not in in_file}
         for flag, names in FIELDS_OF_FLAG.items():
             value = getattr(self, flag)
             if value is None:

@@ -15,10 +15,13 @@ HUB_PATIENCE = 4.0  # seconds to wait for the hub's first answer
 
 
 def run(main: Callable[[list[str]], Any], name: str) -> None:
-    """Run a script's main function on the command line; a ValueError is one line and exit code 2."""
+    """Run a script's main function on the command line; wrong input is one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import resource
 import subprocess
@@ -18,7 +19,8 @@ from vblora.storage.files import read_json, write_json
 RECORD_FILE = "record.json"
 PLAN_FILE = "run.json"
 PACKAGES = ("vblora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-# What may differ when a run goes on where it stopped: where things are, and how they are shown.
+# What may differ when a run goes on where it stopped: where things are (what is there has fingerprints in the plan),
+# and how they are shown.
 FREE_TO_CHANGE = {"output_dir", "logging_dir", "disable_tqdm", "report_to", "resume_from_checkpoint", "data_dir"}
 
 
@@ -94,11 +96,33 @@ def finish(directory: Path, record: dict[str, Any]) -> None:
     write_json(directory / RECORD_FILE, record)
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 over a model folder's configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".gguf"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
+
+
 def last_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint of an interrupted run."""
-    found = {int(p.name.removeprefix("checkpoint-")): p for p in directory.glob("checkpoint-[0-9]*") if p.is_dir()}
-    complete = [step for step, path in found.items() if (path / "trainer_state.json").exists()]
-    return str(found[max(complete)]) if complete else None
+    found = {int(p.name.removeprefix("checkpoint-")): p for p in directory.glob("checkpoint-*") if _is_whole(p)}
+    return str(found[max(found)]) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the checkpoint was written to its end: the trainer's state is the last file that Trainer writes."""
+    if not checkpoint.name.removeprefix("checkpoint-").isdecimal():
+        return False
+    try:
+        read_json(checkpoint / "trainer_state.json")
+    except ValueError:
+        return False
+    return True
 
 
 def scores(log_history: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class AdapterTrainer(Trainer):
     def __init__(
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
     ) -> None:
+        _check_arguments(args)
         super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         self.rates = dict(rates)
@@ -74,8 +75,16 @@ class AdapterTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse what this trainer would silently do otherwise."""
+    if not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"):
+        raise ValueError(f"--optim {args.optim} does nothing: vblora.AdamW is the optimiser, which knows the logits")
+    if args.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end does nothing: the best epoch's adapter is kept in best/")
+
+
 class TrainingClock(TrainerCallback, ExportableState):
-    """Seconds spent training, without evaluation, also over several sessions of one run."""
+    """Seconds spent in epochs, without the evaluations between them, over all sessions of one run."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -102,6 +111,8 @@ class KeepBest(TrainerCallback):
         self.directory = directory
 
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         scores = [entry[self.metric] for entry in state.log_history if self.metric in entry]
         if scores and scores[-1] > max(scores[:-1], default=float("-inf")):
             self.adapter.save(str(self.directory))
