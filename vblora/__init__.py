@@ -1,9 +1,15 @@
 """VB-LoRA: adapters of some kilobytes, composed from one vector bank (arXiv 2405.15179)."""
 
-from vblora.adapter import Adapter, attach
-from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
-from vblora.optim import AdamW, param_groups
-from vblora.storage import load, save
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vblora.adapter import Adapter, attach
+    from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
+    from vblora.optim import AdamW, param_groups
+    from vblora.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -18,3 +24,29 @@ __all__ = [
     "param_groups",
     "save",
 ]
+
+# Where each public name lives. They are imported when first used, because importing torch takes seconds, and
+# `vblora count` does without.
+_HOMES = {
+    "AdamW": "vblora.optim",
+    "Adapter": "vblora.adapter",
+    "LoRAXSConfig": "vblora.methods",
+    "TiedLoRAConfig": "vblora.methods",
+    "VBLoRAConfig": "vblora.methods",
+    "attach": "vblora.adapter",
+    "load": "vblora.storage",
+    "param_groups": "vblora.optim",
+    "save": "vblora.storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
