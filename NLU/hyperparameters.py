@@ -66,6 +66,7 @@ COMMON: dict[str, Any] = {
     "num_vectors": 90,
     "vector_length": 256,
     "init_logits_std": 0.01,
+    "init_vector_bank_bound": 0.02,  # the bank starts uniform between plus and minus this
     "learning_rate_vector_bank": 1e-3,
     "learning_rate_logits": 1e-2,
     "weight_decay": 0.1,
@@ -73,9 +74,6 @@ COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "lr_scheduler_type": "linear",
 }
-
-# The bank starts uniform between plus and minus this; it is the adapter's default and so needs no flag.
-INIT_VECTOR_BANK_BOUND = 0.02
 
 # For encoders with the module names of BERT and RoBERTa.
 TARGETS: dict[str, list[str]] = {

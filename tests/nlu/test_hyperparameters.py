@@ -25,6 +25,7 @@ SAME_EVERYWHERE = {
     "num_vectors": 90,
     "vector_length": 256,
     "init_logits_std": 0.01,
+    "init_vector_bank_bound": 0.02,
     "learning_rate_vector_bank": 0.001,
     "learning_rate_logits": 0.01,
     "weight_decay": 0.1,
