@@ -8,78 +8,34 @@ from typing import Any
 
 import paper
 from hyperparameters import row as flags_of
+from vblora.training import campaign
 
 MNLI_STARTED = ("mrpc", "rte", "stsb")  # the tasks that LoRA and LoRA-XS start from an MNLI-tuned adapter
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One cell of a table: a row, under some changes, for one seed.
+class Trial(campaign.Trial):
+    """One cell of a table: a row MODEL/TASK/METHOD, under some changes, for one seed.
 
     Attributes:
-        row: MODEL/TASK/METHOD.
-        variant: the name of the changes; "" for the row as it is.
-        changes: the changes, as flags of run_glue.py.
-        seed: of the run.
         from_mnli: start from the adapter that was trained on MNLI.
-        extra: flags that go to every run of a table.
     """
 
-    row: str
-    variant: str = ""
-    changes: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
     from_mnli: bool = False
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def model(self) -> str:
-        return self.row.split("/")[0]
 
     @property
     def task(self) -> str:
         return self.row.split("/")[1]
 
-    @property
-    def method(self) -> str:
-        return self.row.split("/")[2]
+    def row_flags(self) -> dict[str, Any]:
+        return flags_of(self.row)
 
-    @property
-    def name(self) -> str:
-        """Of the run's folder."""
-        parts = [*self.row.split("/"), self.variant, "from_mnli" if self.from_mnli else ""]
-        parts += [f"{flag}_{value}".replace("/", "_") for flag, value in self.extra.items()]
-        return "_".join(part for part in [*parts, f"seed{self.seed}"] if part)
-
-    @property
-    def overrides(self) -> dict[str, str]:
-        """All flags beside the row's."""
-        return {**self.extra, **self.changes}
+    def marks(self) -> list[str]:
+        return [self.variant, "from_mnli" if self.from_mnli else ""]
 
     def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's: of its row, flags and seed, and made with the numbers they have now."""
-        return (
-            record.get("row") == self.row
-            and record["overrides"] == self.overrides
-            and record["seed"] == self.seed
-            and ("start_from" in record["settings"]) == self.from_mnli
-            and not self.differences(record)
-        )
-
-    def differences(self, record: Mapping[str, Any]) -> list[str]:
-        """The flags whose values in the record are not those of the row and its changes."""
-        settings = record["settings"]
-        flags = {**flags_of(self.row), **self.overrides}
-        return [f for f, value in flags.items() if f in settings and not _same(f, settings[f], value)]
-
-
-def _same(flag: str, recorded: Any, value: Any) -> bool:
-    if flag == "model_name_or_path":  # a record has a local model's folder name
-        return str(recorded).rpartition("/")[2] == str(value).rpartition("/")[2]
-    try:
-        return float(recorded) == float(value)
-    except (TypeError, ValueError):
-        return str(recorded).lower() == str(value).lower()
+        """Whether a record is this trial's; its start counts too."""
+        return super().is_of(record) and ("start_from" in record["settings"]) == self.from_mnli
 
 
 Changes = dict[str, Any]
@@ -216,14 +172,3 @@ def trial_of(row: str, variant: str, changes: Changes, seed: int) -> Trial:
     flags = flags_of(row)
     real = {flag: str(value) for flag, value in changes.items() if flags.get(flag) != value}
     return Trial(row, variant if real else "", real, seed)
-
-
-def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse names that are not known.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")

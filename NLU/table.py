@@ -9,8 +9,6 @@ best epoch (the paper takes each run's best, on the set that it reports), and th
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, stdev
@@ -18,10 +16,9 @@ from typing import Any, NamedTuple
 
 import paper
 from experiments import ABLATIONS, TABLE_1, Trial, trial_of
-from vblora.storage.files import read_json
-from vblora.training import commands
+from vblora.training import commands, records, tables
+from vblora.training.tables import count, number, signed
 
-FORMATS = ("markdown", "csv", "latex")
 TITLES = {
     "full": "full fine-tuning",
     "lora": "LoRA",
@@ -47,37 +44,19 @@ def read(paths: Sequence[Path], required: bool = True) -> list[dict[str, Any]]:
     Raises:
         ValueError: there are none, where some are required; or a file or folder does not exist.
     """
-    found = [record for _, record in read_files(paths)]
+    found = [record for _, record in records.read_files(paths, "glue")]
     if not found and required:
         raise ValueError(f"no run record in {', '.join(map(str, paths))}")
     return sorted(found, key=lambda r: -r["stored_parameters"]["parameters"])
 
 
-def read_files(paths: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """The records in these files and folders, each with its file.
-
-    Raises:
-        ValueError: a file or folder does not exist.
-    """
-    for path in paths:
-        if not path.exists():
-            raise ValueError(f"{path}: no such file or folder")
-    files = [f for path in paths for f in (_record_files(path) if path.is_dir() else [path])]
-    return [(file, record) for file in files if (record := read_json(file)).get("experiment") == "glue"]
-
-
-def _record_files(folder: Path) -> list[Path]:
-    """The JSON files of a folder of results, and the records of the runs below it."""
-    return sorted({*folder.glob("*.json"), *folder.rglob("record.json")})
-
-
-def render(records: Sequence[dict[str, Any]]) -> str:
+def render(found: Sequence[dict[str, Any]]) -> str:
     """One line of Markdown for each record."""
     lines = [
         "| task | method | stored parameters | adapter bytes | last epoch | best epoch | epochs |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for record in records:
+    for record in found:
         stored, scores = record["stored_parameters"], record["scores"]
         metric = scores["metric"]
         lines.append(
@@ -180,32 +159,27 @@ def render_cells(cells: Sequence[Cell], experiment: str, format: str, extra: Map
     `extra` are the flags that every run was given beside its row: the table says so.
     """
     if format == "csv":
-        return _csv(cells)
+        return tables.as_csv([*Cell._fields, "difference"], [[*cell, cell.difference] for cell in cells])
     header, lines = (_table1_lines if experiment == TABLE_1 else _ablation_lines)(cells)
-    text = _markdown(header, lines) if format == "markdown" else _latex(header, lines)
     notes = [f"With {' '.join(f'--{flag} {value}' for flag, value in extra.items())}."] if extra else []
     notes += ["† started from the adapter trained on MNLI."] if any(c.from_mnli and c.seeds for c in cells) else []
-    comment = "% " if format == "latex" else ""
-    return "\n".join([text, *(f"\n{comment}{note}" for note in notes)])
+    return tables.render(header, lines, format, notes)
 
 
-Lines = list[list[str]]
-
-
-def _table1_lines(cells: Sequence[Cell]) -> tuple[list[str], Lines]:
+def _table1_lines(cells: Sequence[Cell]) -> tuple[list[str], tables.Lines]:
     """Four lines for each row of Table 1: best epoch, last epoch, paper, difference."""
     have = [cell for cell in cells if cell.seeds]
     tasks = [task for task in TASK_TITLES if any(cell.task == task for cell in have)]
     rows = list(dict.fromkeys((cell.model, cell.name) for cell in have))
     header = ["model", "method", "# params", "", *(TASK_TITLES[task] for task in tasks), "average"]
-    lines: Lines = []
+    lines: tables.Lines = []
     for model, name in rows:
         by_task = {cell.task: cell for cell in have if (cell.model, cell.name) == (model, name)}
         one = next(iter(by_task.values()))
         of_tasks = [by_task.get(task) for task in tasks]
         names = [MODEL_TITLES[model], method_title(name)]
         lines.append(
-            [*names, _count(one.parameters), "best epoch"]
+            [*names, count(one.parameters), "best epoch"]
             + [_score(c.best, c.best_sd, c.seeds, c.from_mnli) if c else "" for c in of_tasks]
             + [_average([c.best if c else None for c in of_tasks])]
         )
@@ -223,13 +197,13 @@ def _table1_lines(cells: Sequence[Cell]) -> tuple[list[str], Lines]:
             )
             lines.append(
                 ["", "", "", "difference"]
-                + [_signed(c.difference) if c else "" for c in of_tasks]
+                + [signed(c.difference) if c else "" for c in of_tasks]
                 + [_average([c.difference if c else None for c in of_tasks], signed=True)]
             )
     return header, lines
 
 
-def _ablation_lines(cells: Sequence[Cell]) -> tuple[list[str], Lines]:
+def _ablation_lines(cells: Sequence[Cell]) -> tuple[list[str], tables.Lines]:
     have = [cell for cell in cells if cell.seeds]
     header = ["model", "task", "variant", "# params", "seeds", "best epoch", "last epoch"]
     with_paper = any(cell.paper is not None for cell in have)
@@ -238,8 +212,8 @@ def _ablation_lines(cells: Sequence[Cell]) -> tuple[list[str], Lines]:
     for cell in have:
         names = [MODEL_TITLES[cell.model], TASK_TITLES[cell.task], cell.name.replace("_", " ")]
         scores = [_score(cell.best, cell.best_sd), _score(cell.last, cell.last_sd)]
-        beside = [_score(cell.paper), _signed(cell.difference)] if with_paper else []
-        lines.append([*names, _count(cell.parameters), str(cell.seeds), *scores, *beside])
+        beside = [_score(cell.paper), signed(cell.difference)] if with_paper else []
+        lines.append([*names, count(cell.parameters), str(cell.seeds), *scores, *beside])
     return header, lines
 
 
@@ -251,20 +225,10 @@ def method_title(name: str) -> str:
     return TITLES[name]
 
 
-def _count(parameters: int | None) -> str:
-    return "" if parameters is None else f"{parameters / 1e6:.3f}M"
-
-
 def _score(value: float | None, sd: float | None = None, seeds: int | None = None, from_mnli: bool = False) -> str:
     """A score, its deviation, and in brackets how many seeds it is the median of; a dagger for an MNLI start."""
-    if value is None:
-        return ""
-    text = f"{value:.1f}" + (f" ± {sd:.1f}" if sd is not None else "")
-    return text + (f" ({seeds})" if seeds is not None else "") + ("†" if from_mnli else "")
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.1f}"
+    text = number(value, sd)
+    return text and text + (f" ({seeds})" if seeds is not None else "") + ("†" if from_mnli else "")
 
 
 def _average(values: Sequence[float | None], signed: bool = False) -> str:
@@ -273,34 +237,7 @@ def _average(values: Sequence[float | None], signed: bool = False) -> str:
     if len(known) < len(values) or not known:
         return ""
     mean = sum(known) / len(known)
-    return _signed(mean) if signed else _score(mean)
-
-
-def _markdown(header: Sequence[str], lines: Lines) -> str:
-    ends = ["---" if title in ("model", "method", "task", "variant", "") else "---:" for title in header]
-    table = [header, ends, *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in table)
-
-
-def _latex(header: Sequence[str], lines: Lines) -> str:
-    def line(parts: Sequence[str]) -> str:
-        text = " & ".join(parts)
-        for plain, command in (("#", r"\#"), ("_", r"\_"), ("±", r"$\pm$"), ("†", r"$^\dagger$")):
-            text = text.replace(plain, command)
-        return text + r" \\"
-
-    rules = [r"\begin{tabular}{" + "l" * len(header) + "}", r"\toprule", line(header), r"\midrule"]
-    return "\n".join([*rules, *map(line, lines), r"\bottomrule", r"\end{tabular}"])
-
-
-def _csv(cells: Sequence[Cell]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*Cell._fields, "difference"])
-    for cell in cells:
-        values = [*cell, cell.difference]
-        writer.writerow(["" if v is None else f"{v:.6g}" if isinstance(v, float) else v for v in values])
-    return text.getvalue().rstrip("\n")
+    return tables.signed(mean) if signed else _score(mean)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@ import reproduce
 import table
 from experiments import Trial
 from vblora.storage.files import read_json, write_json
+from vblora.training import campaign
+
+GLUE = reproduce.Glue()
+
+
+def cut(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    return campaign.cut(arguments, GLUE.own_flags)
 
 
 def record(trial: Trial, best: float, last: float, parameters: int = 23_904) -> dict:
@@ -37,7 +44,7 @@ def record(trial: Trial, best: float, last: float, parameters: int = 23_904) -> 
 
 
 def test_table_1_is_the_papers_rows_tasks_and_seeds():
-    trials = reproduce.plan(reproduce.parse(["table1"]), {})
+    trials = GLUE.plan(campaign.parse(GLUE, ["table1"]), {})
     assert len(trials) == 2 * 9 * 6 * 5
     printed = {(model, method) for model, method in paper.TABLE_1}
     planned = {(t.model, t.method) for t in trials}
@@ -49,7 +56,7 @@ def test_table_1_is_the_papers_rows_tasks_and_seeds():
 
 def test_filters_leave_what_they_name():
     options = ["table1", "--sizes", "large", "--tasks", "cola", "rte", "--methods", "vblora_qv", "--seeds", "3", "7"]
-    trials = reproduce.plan(reproduce.parse(options), {})
+    trials = GLUE.plan(campaign.parse(GLUE, options), {})
     assert [t.name for t in trials] == [
         f"roberta_large_{task}_vblora_qv_seed{seed}" for seed in (3, 7) for task in ("cola", "rte")
     ]
@@ -57,10 +64,10 @@ def test_filters_leave_what_they_name():
 
 def test_the_ablations_have_the_papers_variants_and_share_table_1s_run():
     for name, printed in (("table5", paper.TABLE_5), ("table6", paper.TABLE_6)):
-        trials = reproduce.plan(reproduce.parse([name, "--seeds", "0"]), {})
+        trials = GLUE.plan(campaign.parse(GLUE, [name, "--seeds", "0"]), {})
         assert {table.variant_name(t, name) for t in trials} == printed.keys()
         assert {(t.model, t.task, t.method) for t in trials} == {("roberta_large", "cola", "vblora_qv")}
-    table5 = reproduce.plan(reproduce.parse(["table5", "--seeds", "0"]), {})
+    table5 = GLUE.plan(campaign.parse(GLUE, ["table5", "--seeds", "0"]), {})
     (as_it_stands,) = [t for t in table5 if not t.overrides]
     assert as_it_stands.name == "roberta_large_cola_vblora_qv_seed0"
     for study in experiments.ABLATIONS.values():
@@ -76,15 +83,15 @@ def test_the_sub_vectors_of_table_6_keep_the_banks_size():
 
 
 def test_the_mnli_start_is_planned_first_and_its_runs_wait_for_it(tmp_path):
-    options = reproduce.parse(
-        ["table1", "--mnli_start", "--tasks", "cola", "rte", "--methods", "vblora_qv", "--runs", str(tmp_path)]
+    options = campaign.parse(
+        GLUE, ["table1", "--mnli_start", "--tasks", "cola", "rte", "--methods", "vblora_qv", "--runs", str(tmp_path)]
     )
-    trials = reproduce.plan(options, {})
+    trials = GLUE.plan(options, {})
     assert {t.task: t.from_mnli for t in trials} == {"cola": False, "rte": True}
     rte = next(t for t in trials if t.task == "rte")
     start = experiments.mnli_of(rte)
     assert start.row == "roberta_base/mnli/vblora_qv" and start.overrides == {"form": "full"}
-    job = reproduce.job(rte, options, {})
+    job = GLUE.job(rte, options, {})
     assert job.after == [start.name] and str(tmp_path / start.name / "best") in job.command
     assert not rte.is_of(record(Trial(rte.row), 0.8, 0.8)) and rte.is_of(record(rte, 0.8, 0.8))
 
@@ -123,7 +130,7 @@ def test_the_table_in_three_formats():
 
 
 def test_an_ablation_names_its_variants_and_drops_the_paper_where_it_has_none():
-    trials = reproduce.plan(reproduce.parse(["table5", "--seeds", "0", "--sizes", "large", "minilm"]), {})
+    trials = GLUE.plan(campaign.parse(GLUE, ["table5", "--seeds", "0", "--sizes", "large", "minilm"]), {})
     found = [record(t, 0.683, 0.68) for t in trials if table.variant_name(t, "table5") in ("top2", "gumbel_top1")]
     lines = table.render_cells(table.cells(trials, found, "table5"), "table5", "markdown").splitlines()
     assert "| RoBERTa-large | CoLA | top2 | 0.024M | 1 | 68.3 | 68.0 | 68.3 | +0.0 |" in lines
@@ -135,18 +142,18 @@ def test_an_ablation_names_its_variants_and_drops_the_paper_where_it_has_none():
 
 def test_lengths_are_estimated_from_records_or_else_from_the_paper():
     trial = Trial("roberta_base/cola/vblora_qv", seed=1)
-    assert reproduce.estimate(trial, [])[0] == 80
-    assert reproduce.estimate(Trial("roberta_base/cola/lora_qv"), [])[0] == 80  # as many epochs
-    assert reproduce.estimate(Trial("roberta_base/cola/full"), [])[0] == 10  # 10 epochs of 80
-    assert reproduce.estimate(Trial("minilm/cola/full"), []) == (None, "")
-    minutes, source = reproduce.estimate(trial, cola_records())  # 600 seconds for 5 of 80 epochs
+    assert GLUE.estimate(trial, [])[0] == 80
+    assert GLUE.estimate(Trial("roberta_base/cola/lora_qv"), [])[0] == 80  # as many epochs
+    assert GLUE.estimate(Trial("roberta_base/cola/full"), [])[0] == 10  # 10 epochs of 80
+    assert GLUE.estimate(Trial("minilm/cola/full"), []) == (None, "")
+    minutes, source = GLUE.estimate(trial, cola_records())  # 600 seconds for 5 of 80 epochs
     assert minutes == pytest.approx(160) and source == "from this row's records"
 
 
 def test_flags_after_the_dashes_go_to_every_run_and_into_its_name():
-    arguments, extra = reproduce._cut(["table1", "--plan", "--", "--bf16", "true", "--use_cpu=true"])
+    arguments, extra = cut(["table1", "--plan", "--", "--bf16", "true", "--use_cpu=true"])
     assert arguments == ["table1", "--plan"] and extra == {"bf16": "true", "use_cpu": "true"}
-    trial = reproduce.plan(reproduce.parse(arguments), {"bf16": "true", "use_cpu": "true"})[0]
+    trial = GLUE.plan(campaign.parse(GLUE, arguments), {"bf16": "true", "use_cpu": "true"})[0]
     assert trial.name == "roberta_base_sst2_full_bf16_true_seed0" and trial.overrides == {"bf16": "true"}
 
 
@@ -195,7 +202,7 @@ def test_a_small_table_from_nothing_then_nothing_to_do(encoder, data, tmp_path, 
     assert "| RoBERTa-base | VB-LoRA qv |" in out and "(2)" in out and "done" not in out
     assert "With --num_train_epochs 1 --vector_length 16 --max_length 32" in out
     assert sorted(p.name for p in (tmp_path / "kept").glob("*.json")) == sorted(
-        f"{t.name}.json" for t in reproduce.plan(reproduce.parse(methods), reproduce._cut(small)[1])
+        f"{t.name}.json" for t in GLUE.plan(campaign.parse(GLUE, methods), cut(small)[1])
     )
     assert len(list((tmp_path / "kept" / "selections").iterdir())) == 1  # of seed 0
     reproduce.main([*methods, *places, *small])
@@ -248,8 +255,8 @@ def test_records_of_different_data_are_not_one_cell():
 
 def test_the_log_of_each_run_is_its_own():
     for name in experiments.ABLATIONS:
-        options = reproduce.parse([name, "--sizes", "minilm"])
-        logs = [reproduce.job(trial, options, {}).log for trial in reproduce.plan(options, {})]
+        options = campaign.parse(GLUE, [name, "--sizes", "minilm"])
+        logs = [GLUE.job(trial, options, {}).log for trial in GLUE.plan(options, {})]
         assert len(set(logs)) == len(logs)
 
 
@@ -269,7 +276,7 @@ def test_the_same_value_twice_is_one_run():
         "base",
         "base",
     ]
-    assert len(reproduce.plan(reproduce.parse(twice), {})) == 1
+    assert len(GLUE.plan(campaign.parse(GLUE, twice), {})) == 1
 
 
 def test_what_is_collected_can_be_collected_again(tmp_path):
@@ -315,8 +322,8 @@ def test_the_tables_in_the_documents_are_made_from_the_records():
 
 def printed_by(command: list[str]) -> str:
     _, *arguments = command
-    options = reproduce.parse(arguments)
+    options = campaign.parse(GLUE, arguments)
     found = table.read([Path(reproduce.ROOT) / folder for folder in options.records])
     return table.render_cells(
-        table.cells(reproduce.plan(options, {}), found, options.experiment), options.experiment, options.format
+        table.cells(GLUE.plan(options, {}), found, options.experiment), options.experiment, options.format
     )

@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -127,6 +128,24 @@ def _lock(directory: Path) -> None:
         file.close()
         raise ValueError(f"another process trains into {directory}: wait for it, or end it") from error
     _locks[directory.resolve()] = file
+
+
+def read_files(paths: Sequence[Path], experiment: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The records of one kind of experiment in these files and folders, each with its file.
+
+    Raises:
+        ValueError: a file or folder does not exist.
+    """
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+    files = [f for path in paths for f in (_record_files(path) if path.is_dir() else [path])]
+    return [(file, record) for file in files if (record := read_json(file)).get("experiment") == experiment]
+
+
+def _record_files(folder: Path) -> list[Path]:
+    """The JSON files of a folder of results, and the records of the runs below it."""
+    return sorted({*folder.glob("*.json"), *folder.rglob(RECORD_FILE)})
 
 
 def finish(directory: Path, record: dict[str, Any]) -> None:
