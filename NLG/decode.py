@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from torch import nn
+from transformers import HfArgumentParser
 
 import vblora
+from causal_text import load_model, load_tokenizer, prompts
 from e2e_data import SPLITS, Group, fingerprint, group, load_split
-from train import TRAINING_FILE, load_model, load_tokenizer, prompts
+from generation import Decoding, generate
+from train import TRAINING_FILE
 from vblora.methods.switch import OWN_METHODS
 from vblora.storage.files import read_json, replacing, write_json
 from vblora.training import commands, records
@@ -33,17 +35,13 @@ from vblora.training import commands, records
 
 def main(arguments: list[str]) -> Path:
     """Decode, and return the file of texts."""
-    options = parse(arguments)
+    options, decoding = parse(arguments)
     plan = read_json(options.run / records.PLAN_FILE)
     if not (options.run / TRAINING_FILE).exists():
         raise ValueError(f"{options.run} holds no finished run: run train.py to its end first")
     examples = load_split(plan["dataset"], options.split, options.data_dir)
     groups = group(examples)[: options.max_samples]
-    settings = {
-        name: getattr(options, name)
-        for name in ("beam", "length_penalty", "no_repeat_ngram", "max_new_tokens", "merge")
-    }
-    settings |= {"data": fingerprint(examples), "texts": len(groups)}
+    settings = {**decoding.to_dict(), "merge": options.merge, "data": fingerprint(examples), "texts": len(groups)}
     target, note = options.run / f"{options.split}.txt", options.run / f"{options.split}.decoding.json"
     if target.exists() and note.exists() and read_json(note) == settings:
         print(f"{target} is there already")
@@ -52,7 +50,7 @@ def main(arguments: list[str]) -> Path:
     missing = [number for number in range(len(groups)) if number not in done.texts]
     if missing:
         model, tokenizer = load_run(options.run, plan, options.model_name_or_path, options.merge)
-        decode(model, tokenizer, groups, missing, options, done)
+        decode(model, tokenizer, groups, missing, options.batch_size, decoding, done)
     texts = [done.texts[number] for number in range(len(groups))]
     with replacing(target) as temporary:
         temporary.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
@@ -68,30 +66,30 @@ def main(arguments: list[str]) -> Path:
     return target
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
+    parser = HfArgumentParser(
+        Decoding,  # type: ignore[arg-type]
+        prog="decode.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="the output folder of train.py")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--data_dir", type=Path, help="folder with the set's files; the hub unless given")
     parser.add_argument("--model_name_or_path", help="the base model; as in training unless given")
     parser.add_argument("--max_samples", type=int, help="decode the first representations only")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--beam", type=int, default=10)
-    parser.add_argument("--length_penalty", type=float, default=0.8)
-    parser.add_argument("--no_repeat_ngram", type=int, default=4, help="0 switches it off")
-    parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first")
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "beam", "max_new_tokens"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    decoding = Decoding(**{name: getattr(options, name) for name in Decoding.__dataclass_fields__})
+    decoding.check()
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, not {options.batch_size}")
     if options.max_samples is not None and options.max_samples < 1:
         raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
-    if options.no_repeat_ngram < 0:
-        raise ValueError(f"--no_repeat_ngram must be at least 0, not {options.no_repeat_ngram}")
     if not (options.run / records.PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train.py")
-    return options
+    return options, decoding
 
 
 class Progress:
@@ -127,7 +125,7 @@ def load_run(run: Path, plan: dict[str, Any], name: str | None, merge: bool) -> 
     if folder.is_dir() and fingerprint_before and records.folder_fingerprint(folder) != fingerprint_before:
         raise ValueError(f"{folder} is not the model that the run was made on: its files differ")
     last = run / "last"
-    model = load_model(str(last) if plan["method"] == "full" else name)
+    model = load_model(str(last) if plan["method"] == "full" else name, plan["dtype"])
     tokenizer = load_tokenizer(name)
     if plan["method"] in OWN_METHODS:
         adapter = vblora.load(model, last)
@@ -142,62 +140,27 @@ def load_run(run: Path, plan: dict[str, Any], name: str | None, merge: bool) -> 
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-@torch.no_grad()
 def decode(
-    model: Any, tokenizer: Any, groups: list[Group], missing: list[int], options: argparse.Namespace, done: Progress
+    model: Any,
+    tokenizer: Any,
+    groups: list[Group],
+    missing: list[int],
+    batch_size: int,
+    decoding: Decoding,
+    done: Progress,
 ) -> None:
     """Decode what is missing, longest sources first, and say how far it is."""
     encoded = prompts([g.source for g in groups], tokenizer)
     order = sorted(missing, key=lambda number: -len(encoded[number]))
     began = time.monotonic()
-    for at in range(0, len(order), options.batch_size):
-        numbers = order[at : at + options.batch_size]
-        batch = tokenizer.pad({"input_ids": [encoded[number] for number in numbers]}, return_tensors="pt")
-        width = batch["input_ids"].shape[1]
-        output = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "token_type_ids"},
-            num_beams=options.beam,
-            do_sample=False,
-            length_penalty=options.length_penalty,
-            early_stopping="never" if options.beam > 1 else False,  # no text may still come that scores higher
-            max_new_tokens=options.max_new_tokens,
-            eos_token_id=_ends(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            logits_processor=LogitsProcessorList(
-                [NoRepeatAfter(options.no_repeat_ngram, width)] if options.no_repeat_ngram else []
-            ),
-        )
-        texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        done.add({number: _one_line(text) for number, text in zip(numbers, texts, strict=True)})
+    for at in range(0, len(order), batch_size):
+        numbers = order[at : at + batch_size]
+        texts = generate(model, tokenizer, [encoded[number] for number in numbers], decoding)
+        done.add(dict(zip(numbers, texts, strict=True)))
         decoded = at + len(numbers)
         left = (time.monotonic() - began) / decoded * (len(order) - decoded)
         print(f"\r{decoded}/{len(order)} decoded, {left / 60:.1f} min left ", end="", flush=True)
     print()
-
-
-class NoRepeatAfter(LogitsProcessor):
-    """No n-gram twice among the generated tokens; transformers' own processor counts those of the prompt too.
-
-    Names stand in the prompt and must be said once: with it, one of four tokens could not be.
-    """
-
-    def __init__(self, size: int, prompt_width: int) -> None:
-        self.inner = NoRepeatNGramLogitsProcessor(size)
-        self.prompt_width = prompt_width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        generated = input_ids[:, self.prompt_width :]
-        return self.inner(generated, scores) if generated.shape[1] else scores
-
-
-def _ends(tokenizer: Any) -> list[int]:
-    """The end token, and the one of an empty line where there is one (LoRA's command ends at both)."""
-    empty_line = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
-    return sorted({tokenizer.eos_token_id, *(empty_line if len(empty_line) == 1 else [])})
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

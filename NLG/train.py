@@ -5,25 +5,31 @@
 
 Takes every flag of Hugging Face's TrainingArguments besides its own. A row is the source, a separator, the reference
 and the end token, as in LoRA's experiments; the loss is over the reference and the end alone, with label smoothing over
-the same tokens (`--label_smoothing_factor`). Rows are grouped by length and padded to the longest of their batch.
+the same tokens (`--label_smoothing_factor`). Rows are grouped by length and padded to the longest of their batch. After
+each epoch some validation texts are decoded and scored, quickly and not officially (`--quick_samples`).
 
-The output folder receives last/ (the adapter after the last epoch), run.json (the settings), training.json (losses by
-epoch, stored parameters, times) and the trainer's last checkpoint. `decode.py` and `score.py` go on from there. A run
-that is finished is not run again; one that was interrupted goes on from its last checkpoint.
+The output folder receives last/ (the adapter after the last epoch), run.json (the settings), training.json (losses and
+quick scores by epoch, stored parameters, times) and the trainer's last checkpoint. `decode.py` and `score.py` go on
+from there; `run_e2e.py` does all three. A run that is finished is not run again; one that was interrupted goes on from
+its last checkpoint.
 """
 
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from e2e_data import SETS, Example, fingerprint, load_split
+import quick_validation
+from causal_text import Padded, Rows, load_model, load_tokenizer
+from e2e_data import SETS, Example, Group, fingerprint, group, load_split
+from e2e_rows import COMMON
 from vblora.adapter import Adapter
 from vblora.methods.switch import OWN_METHODS, Adapted, apply_method, read_config_file
 from vblora.storage.files import read_json, write_json
@@ -32,15 +38,11 @@ from vblora.training.arguments import MethodArguments, given
 from vblora.training.trainer import AdapterTrainer
 
 DEFAULTS: dict[str, Any] = {
+    **COMMON,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "logging_strategy": "epoch",
-    "per_device_train_batch_size": 8,
-    "label_smoothing_factor": 0.1,
-    "weight_decay": 0.01,
-    "warmup_steps": 500,
-    "lr_scheduler_type": "linear",
     "prediction_loss_only": True,
     "restore_callback_states_from_checkpoint": True,
     "train_sampling_strategy": "group_by_length",
@@ -50,7 +52,6 @@ RUNS = Path(__file__).resolve().parents[1] / "runs" / "e2e"
 # Query and value, by the names of GPT-2 and of Llama. PEFT's methods take GPT-2's fused layer whole.
 QV = ["q_proj", "v_proj"]
 FUSED = {"c_attn": ["q", "k", "v"]}
-IGNORED = -100  # labels that the loss leaves out
 
 
 @dataclass
@@ -65,19 +66,31 @@ class TextArguments:
         default=True, metadata={"help": "adapt GPT-2's c_attn as q, k and v apart, where the method can"}
     )
     max_length: int = field(default=512, metadata={"help": "tokens of a row; longer ones are cut at the end"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first rows only"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "rows of the validation loss"})
+    dtype: str = field(
+        default="auto", metadata={"help": "of the model's weights: auto (as they are kept), float32, bfloat16, ..."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on this many rows only, drawn by the seed"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "rows of the validation loss, evenly spaced over the split"}
+    )
+    quick_samples: int = field(
+        default=64, metadata={"help": "validation texts decoded and scored after each epoch; 0: none"}
+    )
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train, and return what training.json holds."""
     text, method, training = parse(arguments)
     out = Path(str(training.output_dir))
-    train = load_split(text.dataset, "train", text.data_dir)[: text.max_train_samples]
-    validation = load_split(text.dataset, "validation", text.data_dir)[: text.max_eval_samples]
+    train = drawn(load_split(text.dataset, "train", text.data_dir), text.max_train_samples, training.seed)
+    validation = load_split(text.dataset, "validation", text.data_dir)
+    watched = spaced(group(validation), text.quick_samples)
+    validation = spaced(validation, text.max_eval_samples)
     plan = make_plan(text, method, training, [*train, *validation])
     if records.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
-        fit(text, method, training, train, validation, plan)
+        fit(text, method, training, train, validation, watched, plan)
     result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
     if result:
         print(
@@ -106,8 +119,27 @@ def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, Trainin
             raise ValueError(f"--{flag} must be at least 1, not {value}")
     if training.eval_strategy == "no":
         raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
+    if text.dtype != "auto" and not isinstance(getattr(torch, text.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {text.dtype}: no such type; auto, float32, bfloat16 and float16 are some")
+    quick_validation.check(text.quick_samples)
+    if text.quick_samples and (training.fsdp or training.deepspeed):
+        raise ValueError("with FSDP or DeepSpeed no texts are decoded during training: --quick_samples 0")
     training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
     return text, method, training
+
+
+def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """That many of the examples, drawn by the seed and left in their order; all unless a count is given."""
+    if count is None or count >= len(examples):
+        return examples
+    return [examples[number] for number in sorted(random.Random(seed).sample(range(len(examples)), count))]
+
+
+def spaced(items: list[Any], count: int | None) -> list[Any]:
+    """That many of the items, evenly spaced: the files have like ones beside each other."""
+    if count is None or count >= len(items):
+        return items
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def make_plan(
@@ -132,11 +164,12 @@ def fit(
     training: TrainingArguments,
     train: list[Example],
     validation: list[Example],
+    watched: list[Group],
     plan: dict[str, Any],
 ) -> None:
     """Train and write last/ and training.json."""
     set_seed(training.seed)
-    model, tokenizer = load_model(text.model_name_or_path), load_tokenizer(text.model_name_or_path)
+    model, tokenizer = load_model(text.model_name_or_path, text.dtype), load_tokenizer(text.model_name_or_path)
     adapted = apply_method(model, method.method, settings_of(method, model, text))
     trainer = AdapterTrainer(
         adapted,
@@ -147,28 +180,13 @@ def fit(
         data_collator=Padded(tokenizer),
         processing_class=tokenizer,
     )
+    if watched:
+        trainer.add_callback(quick_validation.QuickValidation(adapted.model, tokenizer, watched))
     out = Path(str(training.output_dir))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
     if trainer.is_world_process_zero():
         adapted.adapter.save(str(out / "last"))
         write_json(out / TRAINING_FILE, _result(plan, adapted, trainer, len(train)))
-
-
-def load_model(name: str) -> Any:
-    """The causal model of this name or folder, in the precision it is kept in."""
-    return commands.from_hub(
-        lambda: AutoModelForCausalLM.from_pretrained(name, dtype="auto"), name, "--model_name_or_path DIR"
-    )
-
-
-def load_tokenizer(name: str) -> Any:
-    """Its tokenizer, with a token to pad with, which is never looked at."""
-    tokenizer = commands.from_hub(lambda: AutoTokenizer.from_pretrained(name), name, "--model_name_or_path DIR")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{name}: its tokenizer has no end token, which every row needs")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def settings_of(method: MethodArguments, model: nn.Module, text: TextArguments) -> dict[str, Any]:
@@ -184,64 +202,17 @@ def settings_of(method: MethodArguments, model: nn.Module, text: TextArguments) 
     return {**more, **settings}
 
 
-class Rows(torch.utils.data.Dataset[dict[str, list[int]]]):
-    """The rows as token numbers and labels; the source and the separator have no label.
-
-    The separator is the tokenizer's first token of a text, or its end token where it has none (GPT-2). Source and
-    reference are tokenized apart, so that no token reaches across.
-    """
-
-    def __init__(self, examples: list[Example], tokenizer: Any, max_length: int) -> None:
-        sources = prompts([e.source for e in examples], tokenizer)
-        texts = tokenizer([f" {e.reference}" for e in examples], add_special_tokens=False)["input_ids"]
-        self.rows = []
-        for source, reference in zip(sources, texts, strict=True):
-            ids = [*source, *reference, tokenizer.eos_token_id][:max_length]
-            self.rows.append({"input_ids": ids, "labels": [IGNORED] * min(len(source), len(ids)) + ids[len(source) :]})
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int | str) -> Any:
-        return [row[index] for row in self.rows] if isinstance(index, str) else self.rows[index]
-
-
-def prompts(sources: list[str], tokenizer: Any) -> list[list[int]]:
-    """What stands before the reference: the source's tokens and the separator."""
-    separator = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [[*ids, separator] for ids in tokenizer(sources, add_special_tokens=False)["input_ids"]]
-
-
-class Padded:
-    """Batches padded on the right to their longest row."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.pad = tokenizer.pad_token_id
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-
-        def filled(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-
-        mask = [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows]
-        return {
-            "input_ids": filled("input_ids", self.pad),
-            "attention_mask": torch.tensor(mask),
-            "labels": filled("labels", IGNORED),
-        }
-
-
 def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer, rows: int) -> dict[str, Any]:
     adapter, seconds = adapted.adapter, trainer.train_seconds
-    epochs = trainer.state.epoch or 0
+    epochs, history = trainer.state.epoch or 0, trainer.state.log_history
+    quick = [{k.removeprefix("eval_"): v for k, v in e.items() if k.startswith("eval_quick")} for e in history]
     return {
-        "experiment": "e2e",
         "settings": plan,
         "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
         "epochs": epochs,
         "train_rows": rows,
-        "validation_losses": [e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e],
+        "validation_losses": [e["eval_loss"] for e in history if "eval_loss" in e],
+        "quick_scores": [scores for scores in quick if scores],  # by epoch; not the official ones
         "stored_parameters": adapter.stored_parameters()._asdict(),
         "steps": trainer.state.global_step,
         "train_seconds": round(seconds, 1),

@@ -6,72 +6,19 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     NoRepeatNGramLogitsProcessor,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+import causal_text
 import decode
-import generate_e2e
+import generation
 import train
 from e2e_data import Example, group, load_split
 from vblora.storage.files import read_json, read_tensors
-
-
-@pytest.fixture(scope="session")
-def restaurants(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("restaurants")
-    generate_e2e.write(folder, 48, 6, 6, seed=0)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def models_by_kind(tmp_path_factory, restaurants):
-    """A GPT-2 (fused Conv1D) and a Llama (separate Linear), 32 wide, with a byte-level vocabulary of the data."""
-    examples = load_split("e2e", "train", restaurants)
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator(
-        [text for example in examples for text in example],
-        trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special[0])
-    torch.manual_seed(0)
-    size = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
-    made = {
-        "gpt2": GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **size)),
-        "llama": LlamaForCausalLM(
-            LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **size)
-        ),
-    }
-    folders = {}
-    for kind, model in made.items():
-        folders[kind] = tmp_path_factory.mktemp("models") / kind
-        model.save_pretrained(folders[kind])
-        tokenizer.save_pretrained(folders[kind])
-    return folders
-
-
-@pytest.fixture
-def flags(models_by_kind, restaurants, tmp_path):
-    def make(kind="gpt2", *more, out=None):
-        places = ["--model_name_or_path", str(models_by_kind[kind]), "--data_dir", str(restaurants)]
-        small = ["--num_train_epochs", "2", "--learning_rate", "1e-2", "--warmup_steps", "0", "--use_cpu", "true"]
-        return [*places, *small, "--disable_tqdm", "true", "--output_dir", str(out or tmp_path / "run"), *more]
-
-    return make
-
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2"],
@@ -113,14 +60,14 @@ def test_gpt2s_fused_layer_is_adapted_as_q_k_and_v_unless_told_otherwise(flags, 
 
 
 def test_the_loss_is_over_the_reference_and_the_end(models_by_kind):
-    tokenizer = train.load_tokenizer(str(models_by_kind["gpt2"]))
-    rows = train.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 100)
+    tokenizer = causal_text.load_tokenizer(str(models_by_kind["gpt2"]))
+    rows = causal_text.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 100)
     row = rows[0]
     labelled = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
     assert tokenizer.decode(labelled) == " Luna is a pub.<|endoftext|>"
     assert tokenizer.decode(row["input_ids"]) == "name : Luna<|endoftext|> Luna is a pub.<|endoftext|>"
     assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
-    short = train.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)[0]
+    short = causal_text.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)[0]
     assert len(short["input_ids"]) == len(short["labels"]) == 5
 
 
@@ -128,9 +75,9 @@ def test_label_smoothing_counts_reference_tokens_alone(models_by_kind, restauran
     """Trainer's smoothed loss, against the definition."""
     training = TrainingArguments(str(tmp_path), label_smoothing_factor=train.DEFAULTS["label_smoothing_factor"])
     name = str(models_by_kind["gpt2"])
-    model, tokenizer = train.load_model(name), train.load_tokenizer(name)
-    batch = train.Padded(tokenizer)(
-        [train.Rows(load_split("e2e", "train", restaurants), tokenizer, 512)[i] for i in (0, 1)]
+    model, tokenizer = causal_text.load_model(name), causal_text.load_tokenizer(name)
+    batch = causal_text.Padded(tokenizer)(
+        [causal_text.Rows(load_split("e2e", "train", restaurants), tokenizer, 512)[i] for i in (0, 1)]
     )
     trainer = Trainer(model=model.eval(), args=training)
     loss = trainer.compute_loss(model, dict(batch))
@@ -206,9 +153,9 @@ def test_four_grams_of_the_source_may_be_said():
     prompt, text = [7, 8, 9, 4], [7, 8, 9]
     ids, scores = torch.tensor([prompt + text]), torch.zeros(1, 12)
     assert torch.isinf(NoRepeatNGramLogitsProcessor(4)(ids, scores.clone())[0, 4])
-    assert not torch.isinf(decode.NoRepeatAfter(4, len(prompt))(ids, scores.clone())).any()
+    assert not torch.isinf(generation.NoRepeatAfter(4, len(prompt))(ids, scores.clone())).any()
     again = torch.tensor([[*prompt, 1, 2, 3, 5, 1, 2, 3]])
-    assert torch.isinf(decode.NoRepeatAfter(4, len(prompt))(again, scores.clone())[0, 5])
+    assert torch.isinf(generation.NoRepeatAfter(4, len(prompt))(again, scores.clone())[0, 5])
 
 
 @pytest.mark.parametrize(

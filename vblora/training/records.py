@@ -36,7 +36,7 @@ FREE_TO_CHANGE = {
 }
 
 # What beside them makes no other experiment of a run: the record has it in its own place.
-NEUTRAL = FREE_TO_CHANGE | {"row", "seed", "model_name_or_path", "start_from"}
+NEUTRAL = FREE_TO_CHANGE | {"row", "seed", "model_name_or_path", "start_from", "decode_batch_size"}
 SELECTIONS_FILE = "selections.safetensors"
 
 
@@ -97,7 +97,7 @@ def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """
     _lock(directory)
     if (directory / PLAN_FILE).exists():
-        changed = _differences(read_json(directory / PLAN_FILE), plan)
+        changed = differences(read_json(directory / PLAN_FILE), plan)
         if changed:
             raise ValueError(
                 f"{directory} holds a run with other settings ({changed}): remove it, or give another place "
@@ -199,6 +199,7 @@ def _is_score(key: str) -> bool:
     return key.startswith("eval_") and key not in timings
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """In which settings two runs differ, in words; "" for none."""
     keys = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
     return ", ".join(f"{k}: {before.get(k)} before, {now.get(k)} now" for k in keys if before.get(k) != now.get(k))

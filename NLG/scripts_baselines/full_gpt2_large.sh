@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Table 2: GPT-2 Large, full fine-tuning.
+exec "$(dirname "${BASH_SOURCE[0]}")/../run.sh" gpt2_large/full "$@"
