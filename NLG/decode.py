@@ -24,13 +24,14 @@ from torch import nn
 from transformers import HfArgumentParser
 
 import vblora
-from causal_text import load_model, load_tokenizer, prompts
+from causal_text import prompts
 from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
 from train import TRAINING_FILE
 from vblora.methods.switch import OWN_METHODS
 from vblora.storage.files import read_json, replacing, write_json
 from vblora.training import commands, records
+from vblora.training.causal import load_model, load_tokenizer
 
 
 def main(arguments: list[str]) -> Path:

@@ -10,22 +10,13 @@ docs/paper_versus_code.md says in full. "smollm2_135m" is a small model for mach
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from vblora.training.campaign import check_names
-
-
-@dataclass(frozen=True)
-class Model:
-    name_or_path: str
-    flags: Mapping[str, Any] = field(default_factory=dict)  # in which this model's rows differ from COMMON
-
+from vblora.training.rows import Model, Rows
 
 # Table 8, but for the settings of VB-LoRA itself. They are also what train.py does unless told otherwise.
 COMMON: dict[str, Any] = {
+    "dataset": "e2e",
     "num_train_epochs": 5,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "linear",
@@ -74,7 +65,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate_logits": 1e-2,
     },
 }
-# Where a method's own setting depends on the model.
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("gpt2_large", "vblora"): {"num_vectors": 350},
     ("gpt2_large", "vera"): {"learning_rate": 2e-2},
@@ -83,45 +73,9 @@ METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
-def row(name: str) -> dict[str, Any]:
-    """The flags of run_e2e.py for one row, MODEL/METHOD, by name.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    if name.count("/") != 1:
-        raise ValueError(f"a row is MODEL/METHOD, for example gpt2_medium/vblora, not {name!r}")
-    model, method = name.split("/")
-    check_names("model", [model], list(MODELS))
-    check_names("method", [method], list(METHODS))
-    return {
-        "model_name_or_path": MODELS[model].name_or_path,
-        "dataset": "e2e",
-        **COMMON,
-        **MODELS[model].flags,
-        **METHODS[method],
-        **METHODS_OF_MODELS.get((model, method), {}),
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    usage = "usage: e2e_rows.py MODEL/METHOD"
-    names = f"models: {', '.join(MODELS)}; methods: {', '.join(METHODS)}"
-    if list(arguments) in (["-h"], ["--help"]):
-        print(usage + "\n" + names.replace("; ", "\n"))
-        return 0
-    try:
-        if len(arguments) != 1:
-            raise ValueError(f"{usage}; {names}")
-        flags = row(arguments[0])
-    except ValueError as error:
-        print(f"e2e_rows.py: error: {error}", file=sys.stderr)
-        return 2
-    for name, value in flags.items():
-        print(f"--{name} {value}")
-    return 0
+ROWS = Rows(COMMON, MODELS, METHODS, METHODS_OF_MODELS)
+row = ROWS.row
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ROWS.main("e2e_rows.py"))

@@ -25,6 +25,7 @@ from e2e_data import SETS
 from e2e_rows import METHODS, MODELS, row
 from vblora.storage.files import replacing
 from vblora.training import campaign, commands, records, schedule, tables
+from vblora.training.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"medium": "gpt2_medium", "large": "gpt2_large", "smollm2": "smollm2_135m"}
@@ -60,7 +61,7 @@ class E2E(campaign.Campaign):
         parser.add_argument("--data_dir", type=Path, help="folder with the challenge's CSV files, not the hub")
 
     def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Trial]:
-        campaign.check_names("method", options.methods, list(METHODS))
+        check_names("method", options.methods, list(METHODS))
         return [
             Trial(f"{SIZES[size]}/{method}", seed=seed, extra=campaign.real_flags(extra))
             for seed in options.seeds

@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 import quick_validation
-from causal_text import Padded, Rows, load_model, load_tokenizer
+from causal_text import encode
 from e2e_data import SETS, Example, Group, fingerprint, group, load_split
 from e2e_rows import COMMON
 from vblora.adapter import Adapter
@@ -35,6 +34,7 @@ from vblora.methods.switch import OWN_METHODS, Adapted, apply_method, read_confi
 from vblora.storage.files import read_json, write_json
 from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
+from vblora.training.causal import EncodedRows, Padded, load_model, load_tokenizer, torch_dtype
 from vblora.training.trainer import AdapterTrainer
 
 DEFAULTS: dict[str, Any] = {
@@ -119,8 +119,8 @@ def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, Trainin
             raise ValueError(f"--{flag} must be at least 1, not {value}")
     if training.eval_strategy == "no":
         raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
-    if text.dtype != "auto" and not isinstance(getattr(torch, text.dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {text.dtype}: no such type; auto, float32, bfloat16 and float16 are some")
+    if text.dtype != "auto":
+        torch_dtype(text.dtype)
     quick_validation.check(text.quick_samples)
     if text.quick_samples and (training.fsdp or training.deepspeed):
         raise ValueError("with FSDP or DeepSpeed no texts are decoded during training: --quick_samples 0")
@@ -175,9 +175,9 @@ def fit(
         adapted,
         method.rates(),
         training,
-        train_dataset=Rows(train, tokenizer, text.max_length),
-        eval_dataset=Rows(validation, tokenizer, text.max_length),
-        data_collator=Padded(tokenizer),
+        train_dataset=EncodedRows(encode(train, tokenizer, text.max_length)),
+        eval_dataset=EncodedRows(encode(validation, tokenizer, text.max_length)),
+        data_collator=Padded(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     if watched:

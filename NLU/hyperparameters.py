@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from encoders import MINILM
+from vblora.training.rows import check_names
 
 
 @dataclass(frozen=True)
@@ -175,19 +176,14 @@ SETTINGS: dict[tuple[str, str], Columns] = {
 }
 
 
-def _known(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-
-
 def row(name: str) -> dict[str, Any]:
     """The flags of run_glue.py for one row, MODEL/TASK/METHOD, by name."""
     if name.count("/") != 2:
         raise ValueError(f"a row is MODEL/TASK/METHOD, for example roberta_base/cola/vblora_all, not {name!r}")
     model, task, method = name.split("/")
-    _known("model", model, list(MODELS))
-    _known("task", task, TASKS)
-    _known("method", method, list(METHODS))
+    check_names("model", [model], list(MODELS))
+    check_names("task", [task], TASKS)
+    check_names("method", [method], list(METHODS))
     flags = {flag: v for flag, v in MODELS[model].flags.items() if method != "full" or flag != "head"}
     columns = SETTINGS[model, method.removesuffix("_qv").removesuffix("_all")]
     return {

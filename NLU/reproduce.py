@@ -28,6 +28,7 @@ from glue_tasks import TASKS as GLUE_TASKS
 from hyperparameters import METHODS, MODELS, TASKS, row
 from vblora.storage.files import read_json, replacing
 from vblora.training import campaign, commands, records, schedule
+from vblora.training.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"base": "roberta_base", "large": "roberta_large", "minilm": "minilm"}
@@ -62,10 +63,10 @@ class Glue(campaign.Campaign):
         for flag, is_for_table1 in (("methods", True), ("mnli_start", True), ("variants", False)):
             if getattr(options, flag) and (name == TABLE_1) != is_for_table1:
                 raise ValueError(f"--{flag} is {'for table1 only' if is_for_table1 else 'not for table1'}")
-        campaign.check_names("task", options.tasks or [], TASKS[:-1])
+        check_names("task", options.tasks or [], TASKS[:-1])
         models = [SIZES[size] for size in options.sizes or []]
         if name == TABLE_1:
-            campaign.check_names("method", options.methods or [], list(METHODS))
+            check_names("method", options.methods or [], list(METHODS))
             models = models or list(TABLE_1_MODELS)
             methods, tasks = options.methods or list(METHODS), options.tasks or list(paper.TASKS)
             trials = table1(models, methods, tasks, options.seeds, options.mnli_start)

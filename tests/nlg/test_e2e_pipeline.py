@@ -19,6 +19,7 @@ import generation
 import train
 from e2e_data import Example, group, load_split
 from vblora.storage.files import read_json, read_tensors
+from vblora.training import causal
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2"],
@@ -60,25 +61,23 @@ def test_gpt2s_fused_layer_is_adapted_as_q_k_and_v_unless_told_otherwise(flags, 
 
 
 def test_the_loss_is_over_the_reference_and_the_end(models_by_kind):
-    tokenizer = causal_text.load_tokenizer(str(models_by_kind["gpt2"]))
-    rows = causal_text.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 100)
-    row = rows[0]
-    labelled = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    tokenizer = causal.load_tokenizer(str(models_by_kind["gpt2"]))
+    (row,) = causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, 100)
+    labelled = [token for token, label in zip(*row, strict=True) if label != -100]
     assert tokenizer.decode(labelled) == " Luna is a pub.<|endoftext|>"
-    assert tokenizer.decode(row["input_ids"]) == "name : Luna<|endoftext|> Luna is a pub.<|endoftext|>"
-    assert all(label in (-100, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
-    short = causal_text.Rows([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)[0]
-    assert len(short["input_ids"]) == len(short["labels"]) == 5
+    assert tokenizer.decode(row.input_ids) == "name : Luna<|endoftext|> Luna is a pub.<|endoftext|>"
+    assert all(label in (-100, token) for token, label in zip(*row, strict=True))
+    short = causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)[0]
+    assert len(short.input_ids) == len(short.labels) == 5
 
 
 def test_label_smoothing_counts_reference_tokens_alone(models_by_kind, restaurants, tmp_path):
     """Trainer's smoothed loss, against the definition."""
     training = TrainingArguments(str(tmp_path), label_smoothing_factor=train.DEFAULTS["label_smoothing_factor"])
     name = str(models_by_kind["gpt2"])
-    model, tokenizer = causal_text.load_model(name), causal_text.load_tokenizer(name)
-    batch = causal_text.Padded(tokenizer)(
-        [causal_text.Rows(load_split("e2e", "train", restaurants), tokenizer, 512)[i] for i in (0, 1)]
-    )
+    model, tokenizer = causal.load_model(name), causal.load_tokenizer(name)
+    rows = causal.EncodedRows(causal_text.encode(load_split("e2e", "train", restaurants)[:2], tokenizer, 512))
+    batch = causal.Padded(tokenizer.pad_token_id)([rows[0], rows[1]])
     trainer = Trainer(model=model.eval(), args=training)
     loss = trainer.compute_loss(model, dict(batch))
     with torch.no_grad():

@@ -14,7 +14,7 @@ import e2e_paper
 import e2e_rows
 import run_e2e
 import train
-from e2e_rows import METHODS, MODELS, row
+from e2e_rows import METHODS, MODELS, ROWS, row
 from vblora.methods.switch import field_names
 from vblora.paper_counts import MODELS as SHAPES
 from vblora.paper_counts import ways_to_print
@@ -116,7 +116,7 @@ def test_a_script_from_any_directory_with_its_own_seed_and_flags(tmp_path):
 
 
 def test_prints_flags_one_per_line(capsys):
-    assert e2e_rows.main(["gpt2_large/vblora"]) == 0
+    assert ROWS.main("e2e_rows.py", ["gpt2_large/vblora"]) == 0
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     assert printed == {f"--{name}": str(value) for name, value in row("gpt2_large/vblora").items()}
 
@@ -131,7 +131,7 @@ def test_prints_flags_one_per_line(capsys):
     ],
 )
 def test_unknown_names_exit_2_with_one_line(arguments, words, capsys):
-    assert e2e_rows.main(arguments) == 2
+    assert ROWS.main("e2e_rows.py", arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert all(word in captured.err for word in words)

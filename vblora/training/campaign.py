@@ -309,16 +309,5 @@ def real_flags(extra: Mapping[str, str]) -> dict[str, str]:
     return {flag: value for flag, value in extra.items() if flag not in records.NEUTRAL}
 
 
-def check_names(what: str, names: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse names that are not known.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
-    for name in names:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
-
-
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,25 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from vblora.adapter import Adapter
+from vblora.methods import VBLoRA
 from vblora.methods.switch import Adapted, AnyAdapter
 from vblora.optim import AdamW, param_groups
 from vblora.storage import restore
 from vblora.training.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.training.selection_log import SelectionLog
 
+MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter
+# AdamW by bitsandbytes, for methods without selected logits: in pages that leave the GPU when it is full, or in 8 bits.
+OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
+
 
 class AdapterTrainer(Trainer):
     """Trains an adapted model of any method.
 
-    Three things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`; a checkpoint of one
-    of our adapters is the adapter in its full form, not the whole model; and rows grouped by length
-    (--train_sampling_strategy group_by_length) come in shuffled batches.
+    Three things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
+    one of bitsandbytes' for a method that has no logits; a checkpoint of one of our adapters is the adapter in its full
+    form, not the whole model; and rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
+    batches.
 
     Args:
         adapted: what `vblora.methods.switch.apply_method` gave.
@@ -38,8 +46,9 @@ class AdapterTrainer(Trainer):
     def __init__(
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
     ) -> None:
-        _check_arguments(args)
-        super().__init__(model=adapted.model, args=args, **others)
+        _check_arguments(args, adapted)
+        with _as_adapted(adapted):
+            super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         self.rates = dict(rates)
         self.add_callback(TrainingClock())
@@ -55,7 +64,11 @@ class AdapterTrainer(Trainer):
         if self.optimizer is None:
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             groups = self._groups(model or self.model)
-            self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            if _is_own(self.args):
+                self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            else:
+                kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+                self.optimizer = kind(groups, **settings)
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -103,10 +116,36 @@ def _lengths(dataset: Any) -> list[int]:
     return [len(ids) for ids in dataset["input_ids"]]
 
 
-def _check_arguments(args: TrainingArguments) -> None:
+@contextlib.contextmanager
+def _as_adapted(adapted: Adapted) -> Iterator[None]:
+    """Let Trainer's check see that a quantised model has an adapter: by itself it knows PEFT's alone."""
+    if not isinstance(adapted.adapter, Adapter):
+        yield
+        return
+    before = getattr(adapted.model, MARK, False)
+    setattr(adapted.model, MARK, True)
+    try:
+        yield
+    finally:
+        setattr(adapted.model, MARK, before)
+
+
+def _is_own(args: TrainingArguments) -> bool:
+    return str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch")
+
+
+def _check_arguments(args: TrainingArguments, adapted: Adapted) -> None:
     """Refuse what this trainer would silently do otherwise."""
-    if not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"):
-        raise ValueError(f"--optim {args.optim} does nothing: vblora.AdamW is the optimiser, which knows the logits")
+    name = str(getattr(args.optim, "value", args.optim))
+    if not _is_own(args):
+        if name not in OTHER_OPTIMISERS:
+            raise ValueError(f"--optim {name} is not offered: adamw_torch or one of {', '.join(OTHER_OPTIMISERS)}")
+        if isinstance(adapted.adapter, VBLoRA):
+            raise ValueError(
+                f"--optim {name} does not know VB-LoRA's logits, and its bank is small: leave it out (vblora.AdamW)"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"--optim {name} needs bitsandbytes: pip install 'vblora[quant]'")
     if args.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end does nothing: the best epoch's adapter is kept in best/")
 

@@ -1,0 +1,34 @@
+"""Fine-tune a causal language model on mathematics with worked answers, by any method.
+
+    python math_instruction_tuning/finetune_math.py --row mistral_7b/vblora
+    python math_instruction_tuning/finetune_math.py --row gemma_7b/lora_xs --plan
+    python math_instruction_tuning/finetune_math.py --model_name_or_path DIR --data FILE.json --method vblora
+
+Everything else is as in instruction_tuning/finetune.py; the rows are MetaMathQA's, with the columns query and response.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from math_rows import row
+from vblora.training import commands, instruct
+
+FOLDER = instruct.Folder(
+    name="finetune_math.py",
+    defaults={"form": "metamath", "data": "meta-math/MetaMathQA"},
+    row=row,
+    runs=Path(__file__).resolve().parents[1] / "runs" / "math",
+)
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Train, and return what training.json holds."""
+    return instruct.main(arguments, FOLDER)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands.run(main, "finetune_math")
