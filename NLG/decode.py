@@ -19,28 +19,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import HfArgumentParser
 
-import vblora
 from causal_text import prompts
 from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
-from train import TRAINING_FILE
-from vblora.methods.switch import OWN_METHODS
 from vblora.storage.files import read_json, replacing, write_json
 from vblora.training import commands, records
-from vblora.training.causal import load_model, load_tokenizer
+from vblora.training.causal import load_tokenizer
+from vblora.training.progress import Progress
+from vblora.training.tuned import Tuned
 
 
 def main(arguments: list[str]) -> Path:
     """Decode, and return the file of texts."""
     options, decoding = parse(arguments)
-    plan = read_json(options.run / records.PLAN_FILE)
-    if not (options.run / TRAINING_FILE).exists():
-        raise ValueError(f"{options.run} holds no finished run: run train.py to its end first")
-    examples = load_split(plan["dataset"], options.split, options.data_dir)
+    tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
+    examples = load_split(str((tuned.plan or {})["dataset"]), options.split, options.data_dir)
     groups = group(examples)[: options.max_samples]
     settings = {**decoding.to_dict(), "merge": options.merge, "data": fingerprint(examples), "texts": len(groups)}
     target, note = options.run / f"{options.split}.txt", options.run / f"{options.split}.decoding.json"
@@ -50,7 +45,8 @@ def main(arguments: list[str]) -> Path:
     done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings)
     missing = [number for number in range(len(groups)) if number not in done.texts]
     if missing:
-        model, tokenizer = load_run(options.run, plan, options.model_name_or_path, options.merge)
+        model, tokenizer = tuned.load(options.merge), load_tokenizer(tuned.base)
+        tokenizer.padding_side = "left"
         decode(model, tokenizer, groups, missing, options.batch_size, decoding, done)
     texts = [done.texts[number] for number in range(len(groups))]
     with replacing(target) as temporary:
@@ -91,54 +87,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
     if not (options.run / records.PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train.py")
     return options, decoding
-
-
-class Progress:
-    """The texts so far, one JSON line each, after a first line with the settings they were made with."""
-
-    def __init__(self, path: Path, settings: dict[str, Any], texts: dict[int, str]) -> None:
-        self.path, self.settings, self.texts = path, settings, texts
-
-    @classmethod
-    def of(cls, path: Path, settings: dict[str, Any]) -> Progress:
-        """What an interrupted decoding with these settings left; a line that was cut off does not count."""
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        if lines and lines[0] == json.dumps(settings):
-            texts = {entry["number"]: entry["text"] for entry in map(json.loads, lines[1:])}
-            return cls(path, settings, texts)
-        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return cls(path, settings, {})
-
-    def add(self, texts: dict[int, str]) -> None:
-        self.texts |= texts
-        with self.path.open("a", encoding="utf-8") as file:
-            for number, text in texts.items():
-                file.write(json.dumps({"number": number, "text": text}, ensure_ascii=False) + "\n")
-
-
-def load_run(run: Path, plan: dict[str, Any], name: str | None, merge: bool) -> tuple[nn.Module, Any]:
-    """The base model with the run's adapter, ready to generate, and the tokenizer."""
-    fingerprint_before = plan.get("model_fingerprint")
-    name = name or plan["model_name_or_path"]
-    folder = Path(name)
-    if fingerprint_before and not folder.is_dir():
-        raise ValueError(f"the run was made on a local model called {name}: name its folder with --model_name_or_path")
-    if folder.is_dir() and fingerprint_before and records.folder_fingerprint(folder) != fingerprint_before:
-        raise ValueError(f"{folder} is not the model that the run was made on: its files differ")
-    last = run / "last"
-    model = load_model(str(last) if plan["method"] == "full" else name, plan["dtype"])
-    tokenizer = load_tokenizer(name)
-    if plan["method"] in OWN_METHODS:
-        adapter = vblora.load(model, last)
-        if merge:
-            adapter.merge(reversible=False)
-    elif plan["method"] != "full":
-        import peft
-
-        adapted = peft.PeftModel.from_pretrained(model, str(last))
-        model = adapted.merge_and_unload() if merge else adapted
-    tokenizer.padding_side = "left"
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def decode(

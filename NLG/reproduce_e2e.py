@@ -105,18 +105,14 @@ class E2E(campaign.Campaign):
         options: argparse.Namespace,
         extra: Mapping[str, str],
     ) -> str | None:
-        groups: dict[str, list[dict[str, Any]]] = {}
-        for trial in trials:
-            if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
-                groups.setdefault(trial.row, []).append(record)
+        groups = campaign.records_of(trials, found)
         if not groups:
             return None
         if options.format == "csv":
             return tables.as_csv(CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()])
         lines = [line for name, group in groups.items() for line in _lines(name, group)]
-        notes = [f"With {' '.join(f'--{flag} {value}' for flag, value in extra.items())}."] if extra else []
         header = ["model", "method", "# params", "", *(name.replace("_", "-") for name in SHOWN)]
-        return tables.render(header, lines, options.format, notes)
+        return tables.render(header, lines, options.format, campaign.note_of(extra))
 
     def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
         """The texts, so that anybody can score them again."""
@@ -146,9 +142,9 @@ def _lines(name: str, group: Sequence[dict[str, Any]]) -> tables.Lines:
     digits = [digits for _, digits in SHOWN.values()]
     means = [mean(values) if values else None for values in own]
     deviations = [stdev(values) if len(values) > 1 else None for values in own]
-    seeds = f"{len(group)} seed{'s' if len(group) > 1 else ''}"
+    count = tables.count(group[0]["stored_parameters"]["parameters"])
     lines = [
-        [MODEL_TITLES[model], TITLES[method], tables.count(group[0]["stored_parameters"]["parameters"]), seeds]
+        [MODEL_TITLES[model], TITLES[method], count, campaign.seeds_of(group)]
         + [tables.number(*values) for values in zip(means, deviations, digits, strict=True)]
     ]
     if printed := e2e_paper.TABLE_2.get((model, method)):

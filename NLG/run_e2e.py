@@ -27,7 +27,6 @@ from e2e_rows import row
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora.storage.files import read_json
 from vblora.training import commands, plans, records
 
 
@@ -39,7 +38,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     trained = train.main([*rest, "--output_dir", str(out)])
     if not trained:  # another process of this run writes
         return {}
-    record = finished(out, decoding)
+    record = records.finished(out, "decoding", decoding.to_dict())
     if record is None:
         seconds = decode_test(out, text, own, decoding)
         record = make_record(out, text, trained, decoding) | {"decode_seconds": seconds}
@@ -63,20 +62,6 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding, list[str]
     if own.decode_batch_size < 1:
         raise ValueError(f"--decode_batch_size must be at least 1, not {own.decode_batch_size}")
     return own, decoding, rest
-
-
-def finished(out: Path, decoding: Decoding) -> dict[str, Any] | None:
-    """The record, where there is one.
-
-    Raises:
-        ValueError: it is of another decoding.
-    """
-    if not (out / records.RECORD_FILE).exists():
-        return None
-    record = read_json(out / records.RECORD_FILE)
-    if changed := records.differences(record["decoding"], decoding.to_dict()):
-        raise ValueError(f"{out} holds a run with another decoding ({changed}): give another --output_dir")
-    return record
 
 
 def decode_test(out: Path, text: TextArguments, own: argparse.Namespace, decoding: Decoding) -> float:

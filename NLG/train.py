@@ -36,6 +36,7 @@ from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.causal import EncodedRows, Padded, load_model, load_tokenizer, torch_dtype
 from vblora.training.trainer import AdapterTrainer
+from vblora.training.tuned import TRAINING_FILE
 
 DEFAULTS: dict[str, Any] = {
     **COMMON,
@@ -47,7 +48,6 @@ DEFAULTS: dict[str, Any] = {
     "restore_callback_states_from_checkpoint": True,
     "train_sampling_strategy": "group_by_length",
 }
-TRAINING_FILE = "training.json"
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "e2e"
 # Query and value, by the names of GPT-2 and of Llama. PEFT's methods take GPT-2's fused layer whole.
 QV = ["q_proj", "v_proj"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import paper
 from experiments import ABLATIONS, TABLE_1, Trial, trial_of
-from vblora.training import commands, records, tables
+from vblora.training import campaign, commands, records, tables
 from vblora.training.tables import count, number, signed
 
 TITLES = {
@@ -161,7 +161,7 @@ def render_cells(cells: Sequence[Cell], experiment: str, format: str, extra: Map
     if format == "csv":
         return tables.as_csv([*Cell._fields, "difference"], [[*cell, cell.difference] for cell in cells])
     header, lines = (_table1_lines if experiment == TABLE_1 else _ablation_lines)(cells)
-    notes = [f"With {' '.join(f'--{flag} {value}' for flag, value in extra.items())}."] if extra else []
+    notes = campaign.note_of(extra or {})
     notes += ["† started from the adapter trained on MNLI."] if any(c.from_mnli and c.seeds for c in cells) else []
     return tables.render(header, lines, format, notes)
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # One table of the paper: ./scripts/reproduce.sh table1 [--sizes base large] [--plan] ...; TABLE --help says more.
-# table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's.
+# table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's, table3 MT-Bench's, table4 mathematics'.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 "$here/scripts/setup.sh"
 export TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
     table2) script=NLG/reproduce_e2e.py ;;
+    table3) script=instruction_tuning/reproduce_instruct.py ;;
+    table4) script=math_instruction_tuning/reproduce_math.py ;;
     *) script=NLU/reproduce.py ;;
 esac
 exec "$here/.venv/bin/python" "$here/$script" "$@"

@@ -2,6 +2,7 @@
 
     vblora count      the stored parameters of the paper's Tables 1 to 4, recomputed beside the printed ones
     vblora inspect    what a saved adapter holds
+    vblora merge      a whole model with the adapter in its weights
 
 A mistake in what was asked for is one line on stderr, `vblora: error: ...`, and exit code 2.
 """
@@ -50,8 +51,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vblora", description="VB-LoRA: count stored parameters, inspect saved adapters.")
-    commands = parser.add_subparsers(title="commands", metavar="{count,inspect}", required=True)
+    parser = _Parser(prog="vblora", description="VB-LoRA: count stored parameters, inspect and merge adapters.")
+    commands = parser.add_subparsers(title="commands", metavar="{count,inspect,merge}", required=True)
 
     count = commands.add_parser(
         "count",
@@ -69,6 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("directory", metavar="DIR", help="the directory the adapter was saved in")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+
+    merge = commands.add_parser(
+        "merge",
+        help="a whole model with the adapter in its weights",
+        description="Write a causal language model with an adapter in its weights, in sharded safetensors. An adapter "
+        "that was trained on quantised weights is added to what those stand for.",
+    )
+    merge.add_argument("model", metavar="RUN_OR_MODEL", help="a training's output folder, or a model")
+    merge.add_argument("output", metavar="OUTPUT", help="the folder to write; it must not exist")
+    merge.add_argument("--adapter", metavar="DIR", help="the adapter, where the first argument is a model")
+    merge.add_argument("--model_name_or_path", metavar="MODEL", help="a run's base model; as in training unless given")
+    merge.add_argument("--dtype", help="of the weights: the run's, or as they are kept")
+    merge.add_argument("--bits", type=int, choices=(4, 8, 16), help="that the adapter was trained on; the run's, or 16")
+    merge.add_argument(
+        "--original_weights", action="store_true", help="add to the weights as published, not as they were quantised"
+    )
+    merge.set_defaults(run=_merge)
     return parser
 
 
@@ -200,6 +218,27 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
     description = describe(arguments.directory)
     return json.dumps(description, indent=2) if arguments.json else render(description)
+
+
+# --- merge ------------------------------------------------------------------------------------------
+
+
+def _merge(arguments: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    try:
+        from vblora.training.merging import write_merged
+        from vblora.training.tuned import Tuned
+    except ModuleNotFoundError as error:
+        raise ValueError(f"merge needs transformers: pip install 'vblora[train]' ({error})") from error
+    tuned = Tuned.of(
+        arguments.model,
+        adapter=Path(arguments.adapter) if arguments.adapter else None,
+        base=arguments.model_name_or_path,
+        bits=arguments.bits,
+        dtype=arguments.dtype,
+    )
+    return str(write_merged(tuned, Path(arguments.output), arguments.original_weights))
 
 
 if __name__ == "__main__":

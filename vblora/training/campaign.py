@@ -159,6 +159,25 @@ class Campaign(ABC):
         """Copy what else of a run is worth keeping beside its record."""
 
 
+def records_of(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of the trials by row, in the trials' order; rows without any are left out."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
+            groups.setdefault(trial.row, []).append(record)
+    return groups
+
+
+def note_of(extra: Mapping[str, str]) -> list[str]:
+    """The note below a table whose runs were all given further flags."""
+    return [f"With {' '.join(f'--{flag} {value}' for flag, value in extra.items())}."] if extra else []
+
+
+def seeds_of(group: Sequence[Any]) -> str:
+    """How many seeds, in words."""
+    return f"{len(group)} seed{'s' if len(group) > 1 else ''}"
+
+
 def run(campaign: Campaign, arguments: list[str]) -> None:
     """Do what the command line says: run what is missing, collect, print the table.
 

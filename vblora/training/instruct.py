@@ -21,6 +21,7 @@ from vblora.training import causal, commands, estimate, instruction_data, plans,
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.instruction_data import FORMS, Limits, Row
 from vblora.training.trainer import AdapterTrainer
+from vblora.training.tuned import TRAINING_FILE
 
 # What a run does unless told otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -35,7 +36,6 @@ DEFAULTS: dict[str, Any] = {
     "restore_callback_states_from_checkpoint": True,
     "train_sampling_strategy": "group_by_length",
 }
-TRAINING_FILE = "training.json"
 
 
 @dataclass

@@ -148,6 +148,20 @@ def _record_files(folder: Path) -> list[Path]:
     return sorted({*folder.glob("*.json"), *folder.rglob(RECORD_FILE)})
 
 
+def finished(directory: Path, part: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a run that has come to its end, where there is one.
+
+    Raises:
+        ValueError: this part of it (how it was decoded or tested) is not as wanted.
+    """
+    if not (directory / RECORD_FILE).exists():
+        return None
+    record = read_json(directory / RECORD_FILE)
+    if changed := differences(record[part], wanted):
+        raise ValueError(f"{directory} holds a run with another {part} ({changed}): give another --output_dir")
+    return record
+
+
 def finish(directory: Path, record: dict[str, Any]) -> None:
     """Write the record of a run that has come to its end."""
     write_json(directory / RECORD_FILE, record)

@@ -1,0 +1,422 @@
+"""Judging, against an endpoint on this machine that fails as it is told."""
+
+from __future__ import annotations
+
+import datetime
+import email.utils
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mt_bench_helpers import (
+    PROMPTS,
+    JudgeServer,
+    answer_row,
+    cuts,
+    cuts_in_the_middle,
+    dawdles,
+    fails,
+    rate,
+    says,
+    sends,
+    write_rows,
+)
+
+import mt_bench_judge
+from mt_bench import Bench, read_judgments
+from mt_bench_judge import main, rating
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-secret-123"
+NUMBERS = (81, 104, 112, 141)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    judge = JudgeServer()
+    monkeypatch.setenv("OPENAI_BASE_URL", judge.url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    yield judge
+    judge.close()
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """The files of two models' answers to both turns."""
+    return [
+        write_rows(
+            tmp_path / "data" / "model_answer" / f"{model}.jsonl",
+            [answer_row(n, model, [f"{model} {n} {{one}}", f"{model} {n} two {'x' * n}"]) for n in NUMBERS],
+        )
+        for model in ("alpha", "beta")
+    ]
+
+
+@pytest.fixture
+def command(answers, bench_dir):
+    """A function from further flags to the arguments; waits are a millisecond."""
+
+    def make(*more, files=answers):
+        quick = ["--backoff", "0.001", "--timeout", "5", "--yes", "--bench_dir", str(bench_dir)]
+        return [*map(str, files), *quick, *map(str, more)]
+
+    return make
+
+
+def outcome(path):
+    """The judgments without their times, in an order of their own."""
+    return sorted(json.dumps({**judgment.to_row(), "tstamp": 0}) for judgment in read_judgments(path))
+
+
+@pytest.fixture
+def expected(server, command, tmp_path):
+    """What comes out when nothing fails; the server forgets it then."""
+    wanted = outcome(main(command("--output", tmp_path / "undisturbed")))
+    server.requests.clear()
+    return wanted
+
+
+# ------------------------------------------------------------------------------------------ what is asked
+
+
+def test_both_turns_of_both_models_are_judged_with_fastchats_prompts(server, command, answers):
+    path = main(command())
+    assert path == answers[0].parents[1] / "model_judgment" / "gpt-4_single.jsonl"
+    judgments = read_judgments(path)
+    assert len(judgments) == len(server.requests) == 16
+    assert {(j.model, j.question_id, j.turn) for j in judgments} == {
+        (model, number, turn) for model in ("alpha", "beta") for number in NUMBERS for turn in (1, 2)
+    }
+    by_key = {(j.model, j.question_id, j.turn): j for j in judgments}
+    one = by_key["alpha", 81, 1]
+    assert one.user_prompt == "Rate.\n[Q]Write {a} line.[A]alpha 81 {one}" and one.judge == ["gpt-4", "single-v1"]
+    assert by_key["beta", 112, 1].user_prompt == "Rate.\n[Q]1 + 1?[R]ref 112 one[A]beta 112 {one}"
+    two = by_key["beta", 104, 2]
+    assert two.user_prompt.startswith("Three sisters?|ref 104 one|Two?|ref 104 two|beta 104 {one}|beta 104 two x")
+    assert two.judge == ["gpt-4", "single-math-v1-multi-turn"]
+    assert by_key["alpha", 141, 2].judge == ["gpt-4", "single-v1-multi-turn"]
+    assert all(j.score == 1 + len(j.user_prompt) % 10 for j in judgments)
+    assert all(f"[[{j.score}]]" in j.judgment for j in judgments)
+
+
+def test_the_request_is_fastchats(server, command):
+    main(command("--turns", "1"))
+    request = server.requests[0]
+    assert request["path"] == "/v1/chat/completions" and request["headers"]["Authorization"] == f"Bearer {KEY}"
+    body = request["body"]
+    messages = body.pop("messages")
+    assert body == {"model": "gpt-4", "temperature": 0, "max_tokens": 2048, "n": 1}
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert messages[0]["content"] == "system of single-v1"
+    assert len(server.requests) == 8
+
+
+def test_an_endpoint_of_ones_own_needs_no_key(server, command, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    main(command("--turns", "2", "--judge", "org/judge"))
+    assert "Authorization" not in server.requests[0]["headers"] and server.requests[0]["body"]["model"] == "org/judge"
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is not set"):
+        main(command())
+
+
+def test_the_prompts_of_the_real_benchmark(real_data, tmp_path, capsys):
+    bench = Bench.of(real_data("mt_bench"))
+    rows = [answer_row(number, "m", ["first {}", "second"]) for number in bench.questions()]
+    answers = mt_bench_judge.read_models([write_rows(tmp_path / "m.jsonl", rows)])
+    tasks = mt_bench_judge.make_tasks(bench, answers, "gpt-4", (1, 2))
+    counts = {name: sum(task.prompt.name == name for task in tasks) for name in PROMPTS}
+    assert list(counts.values()) == [50, 30, 50, 30]
+    assert all("{" not in task.user_prompt.split("first {}")[0][:80] for task in tasks)
+    texts = {(task.question.question_id, task.turn): task.user_prompt for task in tasks}
+    assert "[The Start of Reference Answer]\nTo find the area of the triangle" in texts[111, 1]
+    assert texts[111, 1].endswith("[The Start of Assistant's Answer]\nfirst {}\n[The End of Assistant's Answer]")
+    assert "### Assistant A:\nsecond" in texts[111, 2] and "no circumscribed circle" in texts[111, 2]
+    assert "wrong on 13 of these questions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        ("Rating: [[8]]", 8),
+        ("Rating: [[7.5]]", 7.5),
+        ("first [3], then [[9]]", 9),
+        ("[[2]] and [[9]]", 2),
+        ("Rating: [6]", 6),
+        ("[[10]]", 10),
+        ("[[08]]", 8),
+        ("Rating: 8", -1),
+        ("[[eight]]", -1),
+        ("[[8/10]]", -1),
+        ("", -1),
+    ],
+)
+def test_the_rating_is_found_as_fastchat_finds_it(text, score):
+    assert rating(text) == score
+
+
+# ---------------------------------------------------------------------------------------------- failures
+
+
+FAILURES = {
+    "429": fails(429),
+    "429, come back": fails(429, headers=[("Retry-After", "0.05")]),
+    "429, come back at no time": fails(429, headers=[("Retry-After", "soon")]),
+    "500": fails(500),
+    "503": sends(b"<html>down for a moment</html>", 503),
+    "cut": cuts,
+    "cut in the middle": cuts_in_the_middle,
+    "no JSON": sends(b"<html>"),
+    "another JSON": sends(b'{"choices": []}'),
+    "a list": sends(b"[1]"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_passing_failure_changes_nothing(failure, server, command, expected):
+    server.script = [rate, FAILURES[failure], FAILURES[failure], rate, FAILURES[failure]]
+    assert outcome(main(command())) == expected
+    assert len(server.requests) == 16 + 3
+
+
+def test_a_slow_answer_is_asked_for_again(server, command, expected):
+    server.script = [rate, dawdles(3.0)]
+    assert outcome(main(command("--timeout", "1"))) == expected
+    assert len(server.requests) == 17
+
+
+def test_the_endpoint_says_how_long_to_wait(server, command):
+    server.script = [fails(429, headers=[("Retry-After", "0.2")])]
+    main(command("--turns", "1"))
+    first, second = (request["at"] for request in server.requests[:2])
+    assert second - first >= 0.19
+
+
+def test_a_date_to_come_back_at():
+    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=100)
+    assert 97 < mt_bench_judge._seconds(email.utils.format_datetime(soon, usegmt=True)) <= 100
+    assert mt_bench_judge._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == mt_bench_judge._seconds("nan") == 0
+
+
+def test_waits_double_up_to_a_limit(monkeypatch):
+    waits = []
+    endpoint = mt_bench_judge.Endpoint("http://127.0.0.1:9", "", "j", tries=8, backoff=2.0)
+    monkeypatch.setattr(endpoint, "_pause", lambda seconds: waits.append(seconds) if seconds > 0 else None)
+    monkeypatch.setattr(mt_bench_judge.random, "uniform", lambda low, high: high)
+    with pytest.raises(ValueError, match="did not answer in 8 tries"):
+        endpoint.complete([])
+    assert [wait for wait in waits if wait > 1] == [2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_judgment_without_a_rating_is_asked_for_again(server, command, expected):
+    server.script = [says("I like it."), says("Very much."), rate]
+    assert outcome(main(command())) == expected and len(server.requests) == 18
+
+
+def test_one_that_stays_without_a_rating_is_kept_and_listed(server, command, capsys):
+    server.script = [says("I like it."), says(None), says("Rating: 8")]
+    path = main(command("--turns", "1"))
+    first, *rest = read_judgments(path)
+    assert (first.score, first.judgment) == (-1, "Rating: 8") and all(judgment.score > 0 for judgment in rest)
+    out = capsys.readouterr().out
+    assert "no rating: alpha, question 81, turn 1" in out and "8 judgments, 1 of them without a rating" in out
+    main(command("--turns", "1"))  # kept: not asked for again
+    assert len(server.requests) == 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_refusal_ends_it_at_once_and_never_shows_the_key(status, server, command, answers):
+    server.script = [rate, fails(status, f"Incorrect API key\nprovided: {KEY}.")]
+    with pytest.raises(ValueError, match=rf"refuses: {status} .*Incorrect API key provided: \*\*\*\.$") as caught:
+        main(command())
+    assert KEY not in str(caught.value) and len(server.requests) == 2
+    assert len(read_judgments(answers[0].parents[1] / "model_judgment" / "gpt-4_single.jsonl")) == 1
+
+
+def test_an_empty_account_is_no_rate_limit(server, command):
+    server.script = [sends(b'{"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}', 429)]
+    with pytest.raises(ValueError, match=r"429 .*exceeded your quota"):
+        main(command())
+    assert len(server.requests) == 1
+
+
+def test_an_endpoint_that_wants_an_hour_is_left_alone(server, command):
+    server.script = [fails(429, "tomorrow", [("Retry-After", "inf")])]
+    with pytest.raises(ValueError, match=r"tomorrow \(to wait inf s\)"):
+        main(command())
+
+
+def test_a_redirection_is_not_followed_with_the_key(server, command):
+    elsewhere = JudgeServer()
+    server.script = [fails(302, "moved", [("Location", f"{elsewhere.url}/chat/completions")])]
+    with pytest.raises(ValueError, match=f"302 .* to {elsewhere.url}.*OPENAI_BASE_URL"):
+        main(command())
+    assert not elsewhere.requests
+    elsewhere.close()
+
+
+def test_it_gives_up_after_so_many_tries_and_goes_on_later(server, command, expected):
+    server.script = [rate, rate] + [fails(500, "broken")] * 3
+    with pytest.raises(ValueError, match=r"did not answer in 3 tries: 500 .*broken; the same command goes on"):
+        main(command("--tries", "3"))
+    assert len(server.requests) == 5
+    assert outcome(main(command())) == expected
+    assert len(server.requests) == 5 + 14
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_interrupted_at_any_point_it_ends_the_same(workers, server, command, expected, answers):
+    path = answers[0].parents[1] / "model_judgment" / "gpt-4_single.jsonl"
+    server.script = [rate] * 5 + [fails(401)]
+    with pytest.raises(ValueError, match="401"):
+        main(command("--workers", workers))
+    kept = len(read_judgments(path))
+    assert 5 <= kept < 16 and len(server.requests) == kept + 1  # nothing that was answered is lost
+    with path.open("a") as file:
+        file.write('{"question_id": 8')  # as after a power cut
+    assert outcome(main(command("--workers", workers))) == expected
+    assert len(server.requests) == 16 + 1
+
+
+def test_a_second_command_asks_for_nothing(server, command, capsys):
+    path = main(command())
+    before = path.read_bytes()
+    main(command())
+    assert path.read_bytes() == before and len(server.requests) == 16
+    assert "16 of 16 judgments are there already" in capsys.readouterr().out
+
+
+def test_turns_and_models_add_to_one_file(server, command, answers, expected):
+    main(command("--turns", "2", files=answers[1:]))
+    main(command("--turns", "1", files=answers[1:]))
+    assert outcome(main(command())) == expected and len(server.requests) == 16
+
+
+# ------------------------------------------------------------------------------------- workers and limits
+
+
+def test_workers_ask_at_the_same_time_and_get_the_same(server, command, expected):
+    server.hold = 0.05
+    server.script = [rate, fails(500), cuts, fails(429)]
+    assert outcome(main(command("--workers", "4"))) == expected
+    assert 2 <= max(request["under_way"] for request in server.requests) <= 4
+
+
+def test_one_worker_asks_one_at_a_time(server, command):
+    server.hold = 0.01
+    main(command("--turns", "1"))
+    assert {request["under_way"] for request in server.requests} == {1}
+
+
+def test_requests_start_at_the_pace_given_tries_included(server, command, monkeypatch):
+    waits = []
+    monkeypatch.setattr(mt_bench_judge.Endpoint, "_pause", lambda self, seconds: waits.append(round(seconds, 6)))
+    monkeypatch.setattr(mt_bench_judge.time, "monotonic", lambda: 1000.0)  # all at once
+    server.script = [fails(500)]
+    main(command("--workers", "4", "--requests_per_minute", "30", "--turns", "1", "--backoff", "0"))
+    assert sorted(waits) == [0, 0, 2, 4, 6, 8, 10, 12, 14, 16]  # nine requests, and the pause after the failure
+
+
+# ----------------------------------------------------------------------------------------- the estimate
+
+
+def test_the_plan_asks_nothing(server, command, capsys, bench_dir, answers):
+    main([*command("--price_in", "30", "--price_out", "60"), "--plan"])
+    assert not server.requests
+    out = " ".join(capsys.readouterr().out.split())
+    tasks = mt_bench_judge.make_tasks(Bench.of(bench_dir), mt_bench_judge.read_models(answers), "gpt-4", (1, 2))
+    tokens = sum(len(task.user_prompt) + len(task.prompt.system) for task in tasks) // 4
+    assert f"16 requests to gpt-4 at {server.url}" in out and f"{tokens:,} tokens of prompts" in out
+    price = (tokens * 30 + 16 * 250 * 60) / 1e6
+    assert "4,000 of judgments" in out and "an estimate" in out and f"${price:.2f}" in out
+    main(command())
+    capsys.readouterr()
+    main([*command(), "--plan"])
+    assert "requests to" not in capsys.readouterr().out
+
+
+def test_without_a_yes_nothing_is_sent(server, command, monkeypatch, capsys):
+    arguments = [argument for argument in command() if argument != "--yes"]
+    with pytest.raises(ValueError, match="add --yes"):
+        main(arguments)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    with pytest.raises(ValueError, match="nothing has been sent"):
+        main(arguments)
+    assert not server.requests and "16 requests" in capsys.readouterr().out
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    main(arguments)
+    assert len(server.requests) == 16
+
+
+# ----------------------------------------------------------------------------------------- wrong input
+
+
+def test_judgments_of_other_answers_are_not_taken_for_these(server, command, answers):
+    main(command())
+    write_rows(answers[0], [answer_row(n, "alpha", ["changed", "changed"]) for n in NUMBERS])
+    with pytest.raises(ValueError, match=r"other answers of alpha \(question 81, turn 1\): remove them, or"):
+        main(command())
+
+
+def test_answers_that_do_not_fit_are_named(server, command, answers, tmp_path, bench_dir, capsys):
+    few = write_rows(tmp_path / "few.jsonl", [answer_row(81, "few", ["a"])])
+    with pytest.raises(ValueError, match="say with --output"):
+        main(command(files=[few]))
+    with pytest.raises(ValueError, match="few has no answer to turn 2 of question 81"):
+        main(command("--output", tmp_path / "o", files=[few]))
+    main(command("--output", tmp_path / "o", "--turns", "1", files=[few]))
+    assert "few: 1 of the 4 questions are answered" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="another file has answers of a model called few too"):
+        main(command("--output", tmp_path / "o", files=[few, few]))
+    other = write_rows(tmp_path / "other.jsonl", [answer_row(7, "other", ["a", "b"])])
+    with pytest.raises(ValueError, match="other answers question 7"):
+        main(command("--output", tmp_path / "o", files=[other]))
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match="holds no answers"):
+        main(command("--output", tmp_path / "o", files=[empty]))
+    write_rows(bench_dir / "reference_answer" / "gpt-4.jsonl", [answer_row(104, "gpt-4", ["a"])])
+    with pytest.raises(ValueError, match=r"gpt-4\.jsonl has no answer to question 112, turn 1"):
+        main(command())
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--requests_per_minute", "0"], "--requests_per_minute must be above 0"),
+        (["--timeout", "nan"], "--timeout must be above 0"),
+        (["--price_in", "1"], "go together"),
+        (["--turns", "3"], "invalid choice"),
+        (["--judge", ""], "cannot name a file"),
+    ],
+)
+def test_wrong_flags_are_named(flags, message, server, command):
+    with pytest.raises(ValueError, match=message):
+        main(command(*flags))
+
+
+def test_wrong_addresses_and_keys_are_named(server, command, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY holds characters"):
+        main(command())
+    monkeypatch.setenv("OPENAI_BASE_URL", "file:///etc")
+    with pytest.raises(ValueError, match="OPENAI_BASE_URL must begin with http"):
+        main(command())
+
+
+def test_as_a_command_a_refusal_is_one_line_and_exit_code_2(server, command):
+    server.script = [fails(401, f"bad key {KEY}")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "instruction_tuning" / "mt_bench_judge.py"), *command()],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("mt_bench_judge: error: ") and "bad key ***" in done.stderr
+    assert KEY not in done.stdout + done.stderr
