@@ -36,7 +36,10 @@ FREE_TO_CHANGE = {
 }
 
 # What beside them makes no other experiment of a run: the record has it in its own place.
-NEUTRAL = FREE_TO_CHANGE | {"row", "seed", "model_name_or_path", "start_from", "decode_batch_size"}
+NEUTRAL = FREE_TO_CHANGE | {
+    *("row", "seed", "model_name_or_path", "start_from", "data", "bench_dir", "gsm8k", "math", "judge"),
+    *("decode_batch_size", "solve_batch_size", "judge_workers", "device_map"),
+}
 SELECTIONS_FILE = "selections.safetensors"
 
 

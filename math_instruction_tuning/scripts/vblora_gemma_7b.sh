@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Table 4: Gemma-7B, VB-LoRA.
+exec "$(dirname "${BASH_SOURCE[0]}")/../run.sh" gemma_7b/vblora "$@"

@@ -1,0 +1,215 @@
+"""Answer the problems of GSM8K or MATH with a model and, if given, an adapter: the likeliest token each time.
+
+    python math_instruction_tuning/solve.py runs/math/x openai/gsm8k             # into runs/math/x/gsm8k.jsonl
+    python math_instruction_tuning/solve.py mistralai/Mistral-7B-v0.1 MATH_test.jsonl --adapter DIR --output FILE.jsonl
+    python math_instruction_tuning/solve.py DIR test.jsonl --engine vllm --max_samples 100 --output FILE.jsonl
+
+The first argument is the output folder of finetune_math.py, which stands for the run's base model with its adapter; or
+a model on the hub, or its folder. The second is a file of problems or a set's name, as math_references.py takes them.
+
+The prompt is the paper's: Alpaca's form, and "Let's think step by step." after "### Response:". A text ends at the end
+token, or where the model begins a new "### Instruction:". (The authors' commands also end it at the bare words
+"Instruction" and "Response", which cuts answers that have them; score.py's authors' rule does that to the text.)
+
+Writes one JSON line per problem (number, question, output), as score.py takes it. Interrupted, it goes on where it
+stopped. With --engine vllm an adapter is first merged into the weights, in a folder beside the output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import math_references
+from math_references import Problem
+from vblora.storage.files import read_json, replacing, write_json
+from vblora.training import causal, commands, records
+from vblora.training.instruction_data import WITHOUT_INPUT
+from vblora.training.merging import write_merged
+from vblora.training.progress import Progress
+from vblora.training.tuned import Tuned
+
+PROMPT = WITHOUT_INPUT + " Let's think step by step."
+STOP = "### Instruction:"
+VLLM_CHUNK = 512  # problems between two entries in the file of progress; vLLM batches within
+
+
+def main(arguments: list[str]) -> Path:
+    """Answer what has no answer yet, and return the file of answers."""
+    options = parse(arguments)
+    tuned = Tuned.of(
+        options.model,
+        adapter=options.adapter,
+        base=options.model_name_or_path,
+        bits=options.bits,
+        dtype=options.dtype,
+    )
+    problems = spaced(math_references.read(options.problems), options.max_samples)
+    target = options.output or Path(options.model) / f"{problems[0].kind}.jsonl"
+    if options.output is None and tuned.plan is None:
+        raise ValueError("--output FILE.jsonl is needed where the model is no run")
+    settings = {**tuned.settings(), "max_new_tokens": options.max_new_tokens, "engine": options.engine}
+    settings["problems"] = fingerprint(problems)
+    note = target.with_suffix(".settings.json")
+    if target.exists() and note.exists():
+        if changed := records.differences(read_json(note), settings):
+            raise ValueError(f"{target} has answers of other settings ({changed}): remove it, or give another --output")
+        print(f"{target} is there already")
+        return target
+    done = Progress.of(target.with_suffix(".partial.jsonl"), settings)
+    missing = [problem for problem in problems if problem.number not in done.texts]
+    if missing:
+        answer(engine_of(options, tuned, target.parent), missing, done)
+    with replacing(target) as temporary:
+        rows = [{"number": p.number, "question": p.question, "output": done.texts[p.number]} for p in problems]
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_json(note, settings)
+    done.path.unlink()
+    print(f"{target}: {len(problems)} problems answered")
+    return target
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = commands.one_line_errors(
+        argparse.ArgumentParser(
+            prog="solve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+    )
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model on the hub, or its folder")
+    parser.add_argument("problems", help=f"a file, or one of {', '.join(math_references.HUB)}")
+    parser.add_argument("--output", type=Path, help="the file to write; for a run gsm8k.jsonl or math.jsonl in it")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--adapter", type=Path, help="folder of an adapter: this project's or PEFT's")
+    parser.add_argument("--model_name_or_path", help="a run's base model; as in training unless given")
+    parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
+    parser.add_argument("--dtype", help="of what is not quantised; the run's, or as it is kept")
+    parser.add_argument("--max_samples", type=int, metavar="N", help="answer N problems, evenly spaced over the set")
+    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
+    parser.add_argument("--batch_size", type=int, default=16, help="of transformers; vLLM has its own")
+    options = parser.parse_args(arguments)
+    for name in ("max_samples", "max_new_tokens", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, not {value}")
+    if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ValueError("--engine vllm: vllm is not installed; leave --engine out to use transformers")
+    return options
+
+
+def spaced(problems: Sequence[Problem], count: int | None) -> list[Problem]:
+    """That many of the problems, evenly spaced: MATH's are in order of their subjects."""
+    if count is None or count >= len(problems):
+        return list(problems)
+    return [problems[number * len(problems) // count] for number in range(count)]
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """SHA-256 of the problems in use, the same whatever file they came from."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.number, problem.question, problem.reference]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------------------------- the engines
+
+
+class Engine(Protocol):
+    """What writes a text for each prompt, in batches of its own size."""
+
+    batch_size: int
+    tokenizer: Any
+
+    def texts(self, prompts: list[list[int]]) -> list[str]: ...
+
+
+def engine_of(options: argparse.Namespace, tuned: Tuned, place: Path) -> Engine:
+    """The engine that was asked for, with the model in it; a merged one is kept in a folder in `place`."""
+    if options.engine == "transformers":
+        return TransformersEngine(tuned, options.max_new_tokens, options.batch_size)
+    folder = tuned.weights
+    if tuned.adapter is not None:
+        merged = place / f"merged-{tuned.settings()['adapter_fingerprint'][:12]}"
+        folder = str(merged if merged.exists() else write_merged(tuned, merged))
+    return VllmEngine(folder, tuned.dtype, options.max_new_tokens)
+
+
+class TransformersEngine:
+    """transformers' generate, padded on the left."""
+
+    def __init__(self, tuned: Tuned, max_new_tokens: int, batch_size: int) -> None:
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.model, self.tokenizer = tuned.load(), causal.load_tokenizer(tuned.base)
+        self.tokenizer.padding_side = "left"
+
+    def texts(self, prompts: list[list[int]]) -> list[str]:
+        batch = self.tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        output = self.model.generate(
+            input_ids=batch["input_ids"].to(self.model.device),
+            attention_mask=batch["attention_mask"].to(self.model.device),
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=None,
+            max_new_tokens=self.max_new_tokens,
+            stop_strings=[STOP],
+            tokenizer=self.tokenizer,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+        return self.tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class VllmEngine:
+    """vLLM on a whole model."""
+
+    batch_size = VLLM_CHUNK
+
+    def __init__(self, folder: str, dtype: str, max_new_tokens: int) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.tokenizer = causal.load_tokenizer(folder)
+        self.engine = LLM(model=folder, dtype=dtype, generation_config="vllm")
+        self.sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=[STOP])
+
+    def texts(self, prompts: list[list[int]]) -> list[str]:
+        found = self.engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], self.sampling)
+        return [output.outputs[0].text for output in found]
+
+
+def answer(engine: Engine, problems: Sequence[Problem], done: Progress) -> None:
+    """Answer the problems, longest first, and say how far it is."""
+    tokenizer = engine.tokenizer
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    texts = [PROMPT.format(instruction=problem.question) for problem in problems]
+    encoded = {
+        problem.number: [*first, *ids]
+        for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)
+    }
+    order = sorted(encoded, key=lambda number: -len(encoded[number]))
+    began = time.monotonic()
+    for at in range(0, len(order), engine.batch_size):
+        numbers = order[at : at + engine.batch_size]
+        written = engine.texts([encoded[number] for number in numbers])
+        done.add({number: cut(text) for number, text in zip(numbers, written, strict=True)})
+        count = at + len(numbers)
+        left = (time.monotonic() - began) / count * (len(order) - count)
+        print(f"\r{count}/{len(order)} answered, {left / 60:.1f} min left ", end="", flush=True)
+    print()
+
+
+def cut(text: str) -> str:
+    """The text before a new instruction, if it begins one."""
+    return text.split(STOP)[0].strip()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands.run(main, "solve")
