@@ -75,6 +75,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama2_13b", "vblora"): {"rank": 6},
+    ("llama2_7b", "lora"): {"lora_alpha": 32},  # of the authors' scripts, each
+    ("llama2_13b", "lora"): {"lora_alpha": 16},
     ("smollm2_135m", "vblora"): {"num_vectors": 256, "vector_length": 192},  # 576, 192 and 1,536 wide
     ("smollm2_135m", "lora"): {"rank": 8, "optim": "adamw_torch"},
     ("smollm2_135m", "vera"): {"rank": 256, "optim": "adamw_torch"},

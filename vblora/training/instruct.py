@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "prediction_loss_only": True,
     "gradient_checkpointing": False,
     "restore_callback_states_from_checkpoint": True,
+    "ddp_find_unused_parameters": False,  # every adapted layer takes part in every step
     "train_sampling_strategy": "group_by_length",
 }
 

@@ -20,6 +20,7 @@ from vblora.methods import VBLoRA
 from vblora.methods.switch import Adapted, AnyAdapter
 from vblora.optim import AdamW, param_groups
 from vblora.storage import restore
+from vblora.training import sharding
 from vblora.training.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.training.selection_log import SelectionLog
 
@@ -52,6 +53,7 @@ class AdapterTrainer(Trainer):
         self.adapter = adapted.adapter
         self.rates = dict(rates)
         self.add_callback(TrainingClock())
+        sharding.prepare(adapted, self.accelerator)
         self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
 
     @property

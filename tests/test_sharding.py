@@ -1,0 +1,139 @@
+"""Several processes: FSDP2 with the adapter left whole, DDP, and one process with the same rows."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from language_helpers import tiny_llama
+from torch.nn.parallel import DistributedDataParallel
+
+import vblora
+from vblora.methods.switch import Adapted
+from vblora.training import sharding
+
+WORLD = 2
+STEPS = 6
+CASES = [("vblora", "fsdp2"), ("vblora", "ddp"), ("tied_lora", "fsdp2")]
+
+
+def adapted(method):
+    model = tiny_llama(50)
+    torch.manual_seed(1)
+    config = {
+        "vblora": vblora.VBLoRAConfig(r=2, num_vectors=12, vector_length=16, topk=2, target_modules="all-linear"),
+        "tied_lora": vblora.TiedLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]),
+    }[method]
+    adapter = vblora.attach(model, config)
+    rates = {"lr_vector_bank": 0.05, "lr_logits": 0.1} if method == "vblora" else {}
+    return model, adapter, vblora.AdamW(vblora.param_groups(model, lr=1e-2, **rates))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 50, (2 * WORLD, 9), generator=generator) for _ in range(STEPS)]
+
+
+def train(model, adapter, optimizer, mine, accumulate=lambda last: None):
+    """Two rows a process and step, in two backward passes; what is trained in the end."""
+    for rows in batches():
+        own = rows[mine]
+        for number, row in enumerate(own.split(1)):
+            accumulate(number == len(own) - 1)
+            (model(input_ids=row, labels=row).loss / len(own)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: parameter.detach().clone() for name, parameter in adapter.named_parameters()}
+    return state | {name: buffer.clone() for name, buffer in adapter.named_buffers()}
+
+
+def process(rank, place):
+    """All cases in one pair of processes, whose start takes most of the time."""
+    os.environ |= {"MASTER_ADDR": "localhost", "RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=f"file://{place}/meet", rank=rank, world_size=WORLD, timeout=limit)
+    for method, kind in CASES:
+        state = (train_sharded if kind == "fsdp2" else train_parallel)(method, slice(2 * rank, 2 * rank + 2))
+        torch.save(state, Path(place) / f"{method}_{kind}_{rank}.pt")
+    dist.barrier()
+    os._exit(0)  # not by way of the interpreter's end, in which gloo's threads have been seen to wait for ever
+
+
+def train_sharded(method, mine):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, adapter, optimizer = adapted(method)
+    mesh, whole = init_device_mesh("cpu", (WORLD,)), set(adapter.parameters())
+    last = [False]
+    sharding.average_gradients(adapter, lambda: last[0])
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    assert isinstance(model.lm_head.weight, DTensor) and not any(isinstance(p, DTensor) for p in whole)
+    return train(model, adapter, optimizer, mine, lambda now: last.__setitem__(0, now))
+
+
+def train_parallel(method, mine):
+    model, adapter, optimizer = adapted(method)
+    parallel = DistributedDataParallel(model)
+    return train(parallel, adapter, optimizer, mine, lambda now: setattr(parallel, "require_backward_grad_sync", now))
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not there")
+def test_two_processes_train_what_one_does_with_all_rows(tmp_path):
+    multiprocessing.spawn(process, (str(tmp_path),), nprocs=WORLD)
+    for method, kind in CASES:
+        model, adapter, optimizer = adapted(method)
+        before = {name: parameter.detach().clone() for name, parameter in adapter.named_parameters()}
+        expected = train(model, adapter, optimizer, slice(None))
+        assert any((expected[name] - value).abs().max() > 0.01 for name, value in before.items())
+        files = [tmp_path / f"{method}_{kind}_{rank}.pt" for rank in range(WORLD)]
+        states = [torch.load(file, weights_only=True) for file in files]
+        for name, value in expected.items():
+            assert torch.equal(states[0][name], states[1][name]), (method, kind, name)
+            torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
+
+
+def accelerator(kind, version=2):
+    plugin = types.SimpleNamespace(fsdp_version=version, ignored_modules=None)
+    state = types.SimpleNamespace(fsdp_plugin=plugin)
+    return types.SimpleNamespace(distributed_type=f"DistributedType.{kind}", state=state, sync_gradients=True)
+
+
+def test_accelerate_is_told_what_to_leave_whole():
+    model, adapter, _ = adapted("vblora")
+    told = accelerator("FSDP")
+    sharding.prepare(Adapted(model, adapter), told)
+    assert told.state.fsdp_plugin.ignored_modules == [adapter]
+    alone = accelerator("NO")
+    sharding.prepare(Adapted(model, adapter), alone)
+    assert alone.state.fsdp_plugin.ignored_modules is None
+
+
+def test_what_flattens_parameters_is_refused():
+    model, adapter, _ = adapted("vblora")
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        sharding.prepare(Adapted(model, adapter), accelerator("FSDP", version=1))
+    with pytest.raises(ValueError, match="DeepSpeed divides"):
+        sharding.prepare(Adapted(model, adapter), accelerator("DEEPSPEED"))
+
+
+def test_the_configurations_are_accelerates_own():
+    config_args = pytest.importorskip("accelerate.commands.config.config_args")
+    folder = Path(__file__).resolve().parents[1] / "instruction_tuning" / "configs"
+    kinds = {path.stem: config_args.load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert {name: str(found.distributed_type) for name, found in kinds.items()} == {
+        "ddp": "DistributedType.MULTI_GPU",
+        "fsdp2": "DistributedType.FSDP",
+        "deepspeed_zero3": "DistributedType.DEEPSPEED",
+    }
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
