@@ -1,0 +1,201 @@
+"""Answers to problems: prompts, batches, stopping, resuming, merged or not."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+from language_helpers import byte_tokenizer, save_tiny_llama
+
+import finetune_math
+import generate_problems
+import solve
+from math_references import read
+from vblora.cli import main as vblora_command
+from vblora.storage.files import read_json
+from vblora.training import causal
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("problems")
+    generate_problems.main([str(folder), "--rows", "30"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, base, problems):
+    """A finished run, trained so far that its answers differ from the base model's."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    command = ["--model_name_or_path", str(base), "--data", str(problems / "train.json"), "--max_length", "400"]
+    command += ["--num_vectors", "12", "--vector_length", "16", "--rank", "4", "--learning_rate_vector_bank", "0.1"]
+    command += ["--init_vector_bank_bound", "0.5", "--num_train_epochs", "2", "--output_dir", str(out)]
+    finetune_math.main([*command, "--use_cpu", "true", "--disable_tqdm", "true", "--per_device_train_batch_size", "4"])
+    return out
+
+
+@pytest.fixture
+def command(problems, tmp_path):
+    """A function from a model and further flags to the arguments."""
+
+    def make(model, *more, out="answers.jsonl"):
+        few = ["--max_samples", "6", "--max_new_tokens", "12", "--batch_size", "4"]
+        return [str(model), str(problems / "test.jsonl"), "--output", str(tmp_path / out), *few, *more]
+
+    return make
+
+
+def texts(path):
+    return [row["output"] for row in map(json.loads, path.read_text().splitlines())]
+
+
+def test_answers_are_in_order_and_the_same_in_any_batch(command, base, problems):
+    first = solve.main(command(base))
+    rows = [json.loads(line) for line in first.read_text().splitlines()]
+    wanted = solve.spaced(read(problems / "test.jsonl"), 6)
+    assert [(row["number"], row["question"]) for row in rows] == [(p.number, p.question) for p in wanted]
+    assert len({p.number for p in wanted}) == 6 and wanted[-1].number > 6  # spaced, not the first
+    assert texts(solve.main(command(base, "--batch_size", "1", out="one.jsonl"))) == texts(first)
+
+
+def test_merged_or_not_the_answers_are_the_same_and_not_the_base_models(command, base, run, tmp_path, capsys):
+    apart = solve.main(command(run, "--model_name_or_path", str(base)))
+    assert texts(apart) != texts(solve.main(command(base, out="base.jsonl")))
+    merged = tmp_path / "merged"
+    assert vblora_command(["merge", str(run), str(merged), "--model_name_or_path", str(base)]) == 0
+    assert texts(solve.main(command(merged, out="merged.jsonl"))) == texts(apart)
+    adapter = ["--adapter", str(run / "last")]
+    assert texts(solve.main(command(base, *adapter, out="adapter.jsonl"))) == texts(apart)
+    capsys.readouterr()
+    assert vblora_command(["merge", str(run), str(merged), "--model_name_or_path", str(base)]) == 2
+    assert "merged exists: remove it" in capsys.readouterr().err
+    assert vblora_command(["merge", str(base), str(tmp_path / "none")]) == 2
+    assert "no adapter to merge" in capsys.readouterr().err
+
+
+def test_a_run_that_was_trained_on_four_bits_is_merged_into_what_they_stand_for(problems, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = save_tiny_llama(tmp_path / "wide", width=128)
+    command = ["--model_name_or_path", str(wide), "--data", str(problems / "train.json"), "--max_length", "400"]
+    command += ["--num_vectors", "12", "--vector_length", "16", "--bits", "4", "--dtype", "float32", "--max_steps", "2"]
+    out = tmp_path / "run"
+    finetune_math.main([*command, "--output_dir", str(out), "--use_cpu", "true", "--disable_tqdm", "true"])
+    for name, more in (("quantised", []), ("original", ["--original_weights"])):
+        merge = ["merge", str(out), str(tmp_path / name), "--model_name_or_path", str(wide), *more]
+        assert vblora_command(merge) == 0
+    ours, plain = (causal.load_model(str(tmp_path / name)).state_dict() for name in ("quantised", "original"))
+    reference = causal.load_model(str(wide), "float32", 4).dequantize().state_dict()
+    base = causal.load_model(str(wide)).state_dict()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    update = plain[name] - base[name]
+    assert update.abs().max() > 0 and (ours[name] - reference[name] - update).abs().max() < 1e-5
+    assert (ours[name] - plain[name]).abs().max() > 1e-3  # NF4 is not the original
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_it_goes_on_to_the_same_answers(command, base, tmp_path, monkeypatch):
+    whole = texts(solve.main(command(base, out="whole.jsonl")))
+    original, calls = solve.Progress.add, []
+
+    def failing(self, found):
+        original(self, found)
+        calls.append(found)
+        raise Stop
+
+    monkeypatch.setattr(solve.Progress, "add", failing)
+    with pytest.raises(Stop):
+        solve.main(command(base))
+    assert len(calls) == 1 and not (tmp_path / "answers.jsonl").exists()
+    with (tmp_path / "answers.partial.jsonl").open("a") as file:
+        file.write('{"number": 5, "te')  # as after a power cut
+    seen = []
+    monkeypatch.setattr(solve.Progress, "add", lambda self, found: (seen.append(found), original(self, found)))
+    assert texts(solve.main(command(base))) == whole
+    assert sum(map(len, seen)) == 2 and not (tmp_path / "answers.partial.jsonl").exists()
+
+
+def test_the_prompt_is_the_papers_with_the_first_token(problems):
+    tokenizer, seen = byte_tokenizer(), []
+    problem = read(problems / "test.jsonl")[0]
+
+    class Engine:
+        batch_size = 8
+
+        def __init__(self):
+            self.tokenizer = tokenizer
+
+        def texts(self, prompts):
+            seen.extend(prompts)
+            return [" 4.\n\n### Instruction:\nAnother"] * len(prompts)
+
+    class Kept:
+        def add(self, found):
+            self.texts = found
+
+    kept = Kept()
+    solve.answer(Engine(), [problem], kept)
+    assert tokenizer.decode(seen[0]) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        f"\n\n### Instruction:\n{problem.question}\n\n### Response: Let's think step by step."
+    )
+    assert kept.texts == {problem.number: "4."}  # the new instruction is cut, the answer is not
+
+
+def test_vllm_is_given_the_merged_model_the_same_tokens_and_the_same_stop(command, base, run, tmp_path, monkeypatch):
+    """With a stand-in for vLLM that answers by transformers: what it is asked for is what is tested here."""
+    asked = {}
+
+    class LLM:
+        def __init__(self, model, dtype, generation_config):
+            asked["model"], asked["dtype"] = model, dtype
+            self.engine = solve.TransformersEngine(solve.Tuned.of(model), 12, 4)
+
+        def generate(self, prompts, sampling):
+            asked["sampling"] = sampling
+            found = self.engine.texts([prompt["prompt_token_ids"] for prompt in prompts])
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)]) for text in found]
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, lambda **settings: settings
+    module.__spec__ = types.SimpleNamespace(name="vllm")
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    places = ["--model_name_or_path", str(base)]
+    expected = texts(solve.main(command(run, *places, out="here.jsonl")))
+    assert texts(solve.main(command(run, *places, "--engine", "vllm", out="there.jsonl"))) == expected
+    assert asked["sampling"] == {"temperature": 0, "max_tokens": 12, "stop": ["### Instruction:"]}
+    (merged,) = tmp_path.glob("merged-*")
+    assert asked["model"] == str(merged) and (merged / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_samples", "0"], "--max_samples must be at least 1"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--adapter", "nonesuch"], "--adapter nonesuch"),
+        (["--model_name_or_path", "x"], "goes with the folder of a run"),
+        (["--bits", "3"], "--bits"),
+    ],
+)
+def test_wrong_input_is_named(more, message, command, base):
+    with pytest.raises(ValueError, match=message):
+        solve.main(command(base, *more))
+
+
+def test_other_settings_on_the_same_output_are_refused(command, base, tmp_path, monkeypatch):
+    solve.main(command(base))
+    assert read_json(tmp_path / "answers.settings.json")["max_new_tokens"] == 12
+    with pytest.raises(ValueError, match=r"other settings \(max_new_tokens: 12 before, 5 now\)"):
+        solve.main(command(base, "--max_new_tokens", "5"))
+    monkeypatch.setattr(solve, "answer", lambda *_: pytest.fail("answered again"))
+    solve.main(command(base))
