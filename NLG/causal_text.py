@@ -21,6 +21,8 @@ def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Enc
         target = [*reference, tokenizer.eos_token_id]
         labels = [IGNORED] * len(source) + target
         rows.append(Encoded([*source, *target][:max_length], labels[:max_length]))
+    if short := sum(all(label == IGNORED for label in row.labels) for row in rows):
+        raise ValueError(f"--max_length {max_length} leaves nothing of the reference of {short} rows: raise it")
     return rows
 
 

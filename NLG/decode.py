@@ -35,11 +35,15 @@ def main(arguments: list[str]) -> Path:
     """Decode, and return the file of texts."""
     options, decoding = parse(arguments)
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
-    examples = load_split(str((tuned.plan or {})["dataset"]), options.split, options.data_dir)
+    if tuned.plan is None or "dataset" not in tuned.plan:
+        raise ValueError(f"{options.run} is no run of NLG/train.py")
+    examples = load_split(tuned.plan["dataset"], options.split, options.data_dir)
     groups = group(examples)[: options.max_samples]
     settings = {**decoding.to_dict(), "merge": options.merge, "data": fingerprint(examples), "texts": len(groups)}
     target, note = options.run / f"{options.split}.txt", options.run / f"{options.split}.decoding.json"
-    if target.exists() and note.exists() and read_json(note) == settings:
+    if target.exists() and note.exists():
+        if changed := records.differences(read_json(note), settings):
+            raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target
     done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings)

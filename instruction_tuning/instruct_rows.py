@@ -33,7 +33,6 @@ COMMON: dict[str, Any] = {
     "gradient_checkpointing": True,
     "target_max_length": 512,
     "held_out": 1024,
-    "data_seed": 42,
     # The scripts have 16, which cuts every prompt before its instruction begins: docs/paper_versus_code.md.
     "source_max_length": 512,
 }

@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     out = Path(str(run.training.output_dir))
     bench = mt_bench.Bench.of(own.bench_dir)  # before the training: a wrong folder would be found hours later
     bench.questions()
+    if own.judge is not None:
+        mt_bench_judge.Endpoint.from_environment(mt_bench_judge.parse(judging(out, own)))
     trained = finetune.main([*rest, "--output_dir", str(out)])
     if not trained:  # another process of this run writes
         return {}
@@ -44,6 +46,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if record is None:
         record = make_record(out, trained, testing, answer(out, run, own))
         record |= {"row": own.row, "overrides": plans.overrides(arguments)}
+        records.finish(out, record)
     if own.judge is not None and own.judge not in record["scores"]:
         record["scores"][own.judge] = judge(out, own, bench)
     records.finish(out, record)
@@ -89,11 +92,15 @@ def answer(out: Path, run: Run, own: argparse.Namespace) -> float:
     return round(time.monotonic() - began, 1)
 
 
+def judging(out: Path, own: argparse.Namespace) -> list[str]:
+    """The arguments of mt_bench_judge.py."""
+    command = [str(answers_of(out)), "--judge", own.judge, "--yes", "--workers", str(own.judge_workers)]
+    return command + (["--bench_dir", str(own.bench_dir)] if own.bench_dir else [])
+
+
 def judge(out: Path, own: argparse.Namespace, bench: mt_bench.Bench) -> dict[str, Any]:
     """Have the answers judged; the mean ratings, by turn."""
-    command = [str(answers_of(out)), "--judge", own.judge, "--yes", "--workers", str(own.judge_workers)]
-    command += ["--bench_dir", str(own.bench_dir)] if own.bench_dir else []
-    judgments = mt_bench.read_judgments(mt_bench_judge.main(command))
+    judgments = mt_bench.read_judgments(mt_bench_judge.main(judging(out, own)))
     scores: dict[str, Any] = {}
     for turn in (1, 2):
         members = [j for j in judgments if j.turn == turn]

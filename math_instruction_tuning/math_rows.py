@@ -51,7 +51,7 @@ MODELS: dict[str, Model] = {
 }
 PISSA = {"num_train_epochs": 1, "learning_rate": 2e-5, "warmup_steps": 0.03}
 METHODS: dict[str, dict[str, Any]] = {
-    "full": {"method": "full", **PISSA},
+    "full": {"method": "full", "dtype": "float32", **PISSA},  # bfloat16 has no room for steps so small
     "lora": {"method": "lora", "rank": 64, "lora_alpha": 64, **PISSA},
     "vera": {"method": "vera", "rank": 1024, "learning_rate": 4e-3},
     "lora_xs": {"method": "lora_xs", "rank": 64, "lora_alpha": 64, "learning_rate": 4e-3},

@@ -46,9 +46,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
         record = make_record(out, trained, testing)
         record |= {"row": own.row, "overrides": plans.overrides(arguments)}
     for name in SETS:
-        if getattr(own, name) != NONE and name not in record["scores"]:
+        if getattr(own, name) == NONE:
+            continue
+        if name not in record["scores"]:
             record["scores"][name] = test(name, out, run, own)
-    records.finish(out, record)
+            records.finish(out, record)
+        elif record["scores"][name]["fingerprint"] != solve.fingerprint(problems_of(name, own)):
+            raise ValueError(f"{out} holds scores of other problems than --{name}: give another --output_dir")
     print(summary(record))
     return record
 
@@ -91,10 +95,15 @@ def test(name: str, out: Path, run: Run, own: argparse.Namespace) -> dict[str, A
     command += [] if own.test_samples is None else ["--max_samples", str(own.test_samples)]
     answers = math_scores.read_outputs(solve.main(command))
     seconds = round(time.monotonic() - began, 1)
-    problems = solve.spaced(math_references.read(place, name), own.test_samples)
+    problems = problems_of(name, own)
     scores = math_scores.score(answers, problems, workers=os.cpu_count() or 1)
     del scores["listed"]  # score.py --list gives it again
-    return scores | {"seconds": seconds}
+    return scores | {"seconds": seconds, "fingerprint": solve.fingerprint(problems)}
+
+
+def problems_of(name: str, own: argparse.Namespace) -> list[math_references.Problem]:
+    """The problems of one set that are answered."""
+    return solve.spaced(math_references.read(getattr(own, name), name), own.test_samples)
 
 
 def make_record(out: Path, trained: dict[str, Any], testing: dict[str, Any]) -> dict[str, Any]:

@@ -135,8 +135,11 @@ def engine_of(options: argparse.Namespace, tuned: Tuned, place: Path) -> Engine:
         return TransformersEngine(tuned, options.max_new_tokens, options.batch_size)
     folder = tuned.weights
     if tuned.adapter is not None:
-        merged = place / f"merged-{tuned.settings()['adapter_fingerprint'][:12]}"
+        name = hashlib.sha256(json.dumps(tuned.settings()).encode()).hexdigest()[:12]
+        merged = place / f"merged-{name}"
         folder = str(merged if merged.exists() else write_merged(tuned, merged))
+    elif tuned.bits != 16:
+        raise ValueError(f"--bits {tuned.bits} does nothing with --engine vllm where there is no adapter: leave it out")
     return VllmEngine(folder, tuned.dtype, options.max_new_tokens)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_helpers import save_tiny_llama
-from transformers import AutoConfig, TrainerCallback
+from language_helpers import save_tiny_llama, tiny_llama
+from transformers import AutoConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 
 import vblora
 from vblora.storage.files import read_json, read_tensors
@@ -132,7 +132,7 @@ def test_the_held_out_rows_are_the_same_for_every_seed(flags):
     few, same = divided("--seed", "1", "--max_train_samples", "10")
     assert same == held and len(few) == 10 and set(few) < set(train)
     assert divided("--seed", "2", "--max_train_samples", "10")[0] != few
-    assert divided("--data_seed", "7")[1] != held
+    assert divided("--data_seed", "7")[1] == held != divided("--held_out_seed", "7")[1]
 
 
 def test_nothing_held_out_is_nothing_evaluated(flags):
@@ -217,6 +217,7 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
         (["--targets", "nonesuch"], "match no layer"),
         (["--optim", "paged_adamw_32bit"], "does not know VB-LoRA's logits"),
         (["--optim", "sgd"], "--optim sgd is not offered"),
+        (["--held_out", "0", "--eval_strategy", "epoch"], "--eval_strategy does nothing without --held_out"),
         (["--num_train_epochs", "0"], "--num_train_epochs must be above 0"),
         (["--nonesuch", "1"], "nonesuch"),
     ],
@@ -242,3 +243,17 @@ def test_a_response_that_is_cut_away_leaves_the_row_out(base, tmp_path, flags):
     assert result["train_rows"] == 2 and result["rows_without_response"] == 1
     with pytest.raises(ValueError, match="of no row any of the response is left"):
         instruct.main([*command, "--max_length", "20", "--output_dir", str(tmp_path / "none")], folder())
+
+
+def test_a_model_whose_packed_rows_see_each_other_is_refused():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "word_embed_proj_dim": 16}
+    model = OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=2, init_std=0.5, **sizes))
+    with pytest.raises(ValueError, match="OPTForCausalLM: packed rows would see each other"):
+        causal.check_packing(model, 2)
+    causal.check_packing(tiny_llama(50), 2)
+
+
+def test_the_plan_of_a_papers_row_needs_no_gpu(flags, capsys):
+    found = instruct.main([*flags(*VBLORA), "--bf16", "true", "--use_cpu", "false", "--plan"], folder())
+    assert found["stored_parameters"] == 576 and "GiB" in capsys.readouterr().out

@@ -15,7 +15,7 @@ from language_helpers import tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 
 import vblora
-from vblora.methods.switch import Adapted
+from vblora.methods.switch import Adapted, FullFineTuning
 from vblora.training import sharding
 
 WORLD = 2
@@ -103,9 +103,9 @@ def test_two_processes_train_what_one_does_with_all_rows(tmp_path):
             torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
 
 
-def accelerator(kind, version=2):
+def accelerator(kind, version=2, stage=2):
     plugin = types.SimpleNamespace(fsdp_version=version, ignored_modules=None)
-    state = types.SimpleNamespace(fsdp_plugin=plugin)
+    state = types.SimpleNamespace(fsdp_plugin=plugin, deepspeed_plugin=types.SimpleNamespace(zero_stage=stage))
     return types.SimpleNamespace(distributed_type=f"DistributedType.{kind}", state=state, sync_gradients=True)
 
 
@@ -125,6 +125,11 @@ def test_what_flattens_parameters_is_refused():
         sharding.prepare(Adapted(model, adapter), accelerator("FSDP", version=1))
     with pytest.raises(ValueError, match="DeepSpeed divides"):
         sharding.prepare(Adapted(model, adapter), accelerator("DEEPSPEED"))
+    full = Adapted(model, FullFineTuning(model))
+    sharding.prepare(full, accelerator("DEEPSPEED", stage=2))
+    for kind, stage in (("DEEPSPEED", 3), ("FSDP", 0)):
+        with pytest.raises(ValueError, match="for this project's own adapters"):
+            sharding.prepare(full, accelerator(kind, stage=stage))
 
 
 def test_the_configurations_are_accelerates_own():
@@ -134,6 +139,6 @@ def test_the_configurations_are_accelerates_own():
     assert {name: str(found.distributed_type) for name, found in kinds.items()} == {
         "ddp": "DistributedType.MULTI_GPU",
         "fsdp2": "DistributedType.FSDP",
-        "deepspeed_zero3": "DistributedType.DEEPSPEED",
+        "deepspeed_zero2": "DistributedType.DEEPSPEED",
     }
     assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "math_instruction_tuning"
-sys.path.insert(0, str(FOLDER))
+sys.path.append(str(FOLDER))  # at the end: `import score` is NLG's
 
 
 @pytest.fixture(scope="session")

@@ -67,8 +67,10 @@ def test_the_loss_is_over_the_reference_and_the_end(models_by_kind):
     assert tokenizer.decode(labelled) == " Luna is a pub.<|endoftext|>"
     assert tokenizer.decode(row.input_ids) == "name : Luna<|endoftext|> Luna is a pub.<|endoftext|>"
     assert all(label in (-100, token) for token, label in zip(*row, strict=True))
-    short = causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)[0]
-    assert len(short.input_ids) == len(short.labels) == 5
+    (short,) = causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, len(row.input_ids) - 2)
+    assert len(short.input_ids) == len(short.labels) == len(row.input_ids) - 2
+    with pytest.raises(ValueError, match="--max_length 5 leaves nothing of the reference of 1 rows"):
+        causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, 5)
 
 
 def test_label_smoothing_counts_reference_tokens_alone(models_by_kind, restaurants, tmp_path):

@@ -80,7 +80,9 @@ class Trial:
         """The flags whose values in the record are not those of the row and its changes."""
         settings = record["settings"]
         flags = {**self.row_flags(), **self.overrides}
-        return [f for f, value in flags.items() if f in settings and not _same(f, settings[f], value)]
+        # A record leaves out what is at its default.
+        known = settings if flags.keys() <= settings.keys() else {**plans.defaults(), **settings}
+        return [f for f, value in flags.items() if f in known and not _same(f, known[f], value)]
 
 
 def _same(flag: str, recorded: Any, value: Any) -> bool:
@@ -160,11 +162,19 @@ class Campaign(ABC):
 
 
 def records_of(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The records of the trials by row, in the trials' order; rows without any are left out."""
+    """The records of the trials by row, in the trials' order; rows without any are left out.
+
+    Raises:
+        ValueError: the records of a row were made on different numbers of rows, and are not to be averaged.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for trial in trials:
         if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
             groups.setdefault(trial.row, []).append(record)
+    for row, group in groups.items():
+        sizes = {(record.get("train_rows"), record.get("held_out_rows")) for record in group}
+        if len(sizes) > 1:
+            raise ValueError(f"the records of {row} were made on different data ({sizes}): remove those not meant")
     return groups
 
 

@@ -174,6 +174,28 @@ def _bins(lengths: Sequence[int], length: int) -> list[list[int]]:
     return sorted([*full, *(members for bins in by_room.values() for members in bins)])
 
 
+@torch.no_grad()
+def check_packing(model: Any, token: int) -> None:
+    """Refuse a model whose packed rows would see each other, by what two short rows give.
+
+    Raises:
+        ValueError: it goes by another mask than that of the positions (OPT and BLOOM do).
+    """
+    was_training, cached = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = False
+    first, row = torch.arange(3), [token] * 4
+    outputs = []
+    for start in (first, first + 3):
+        ids = torch.tensor([[*start.tolist(), *row]], device=model.device)
+        positions = torch.tensor([[*range(len(start)), *range(len(row))]], device=model.device)
+        outputs.append(model(input_ids=ids, position_ids=positions).logits[0, len(start) :].float())
+    model.train(was_training)
+    model.config.use_cache = cached
+    if not torch.allclose(outputs[0], outputs[1], rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{type(model).__name__}: packed rows would see each other: leave --pack_length out")
+
+
 class PaddedPacks:
     """Batches of packed rows; what pads one is a row of its own, which nothing else sees and the loss leaves out."""
 

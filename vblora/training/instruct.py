@@ -51,8 +51,9 @@ class InstructArguments:
         default=None, metadata={"help": "train on this many rows only, drawn by the seed"}
     )
     held_out: int = field(
-        default=0, metadata={"help": "rows kept from the training for its loss, drawn by --data_seed; 0: none"}
+        default=0, metadata={"help": "rows kept from the training, for their loss before and after it; 0: none"}
     )
+    held_out_seed: int = field(default=0, metadata={"help": "draws the rows held out, the same for every --seed"})
     targets: str = field(default="all", metadata={"help": "layers to adapt: all, qv, or a regular expression"})
     bits: int = field(default=16, metadata={"help": "of the base model's weights: 16, 8, or 4 (NF4, double quantised)"})
     dtype: str = field(
@@ -155,7 +156,11 @@ def parse(arguments: list[str], folder: Folder) -> Run:
     if known.output_dir is None:
         name = f"{plans.model_name(known.model_name_or_path)}_{known.targets}_{known.method}_seed{known.seed}"
         arguments = [*arguments, "--output_dir", str(folder.runs / name.replace("/", "_"))]
+    if known.plan:  # of what may run elsewhere
+        arguments = [*arguments, "--use_cpu", "true"]
     if not known.held_out:  # nothing to evaluate
+        if "--eval_strategy" in arguments:
+            raise ValueError("--eval_strategy does nothing without --held_out, the rows to evaluate on")
         arguments = [*arguments, "--eval_strategy", "no", "--eval_on_start", "false"]
     instruct, method, training = parser.parse_args_into_dataclasses(arguments)
     check(instruct, method, training)
@@ -191,12 +196,12 @@ def check(instruct: InstructArguments, method: MethodArguments, training: Traini
 def divide(rows: list[Row], instruct: InstructArguments, training: TrainingArguments) -> tuple[list[Row], list[Row]]:
     """The rows to train on, and those held out.
 
-    Which are held out goes by --data_seed alone (0 unless given), so that runs of different seeds are compared on the
-    same ones; of the others --max_train_samples are drawn by the run's seed.
+    Which are held out does not go by the run's seed, so that runs of different seeds are compared on the same ones; of
+    the others --max_train_samples are drawn by it.
     """
     if instruct.held_out >= len(rows):
         raise ValueError(f"--held_out {instruct.held_out} leaves nothing of {len(rows)} rows to train on")
-    held = set(random.Random(training.data_seed or 0).sample(range(len(rows)), instruct.held_out))
+    held = set(random.Random(instruct.held_out_seed).sample(range(len(rows)), instruct.held_out))
     rest = [number for number in range(len(rows)) if number not in held]
     if instruct.max_train_samples is not None and instruct.max_train_samples < len(rest):
         rest = sorted(random.Random(training.seed).sample(rest, instruct.max_train_samples))
@@ -232,6 +237,8 @@ def fit(run: Run, train: list[Row], held_out: list[Row], plan: dict[str, Any]) -
         model.config.use_cache = False
         model.enable_input_require_grads()
     adapted = apply_method(model, method.method, settings_of(method, instruct))
+    if instruct.pack_length is not None:
+        causal.check_packing(adapted.model, tokenizer.eos_token_id)
     trainer = AdapterTrainer(
         adapted,
         method.rates(),
@@ -245,6 +252,8 @@ def fit(run: Run, train: list[Row], held_out: list[Row], plan: dict[str, Any]) -
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
     if trainer.is_world_process_zero():
         adapted.adapter.save(str(out / "last"))
+        if method.method == "full":
+            tokenizer.save_pretrained(out / "last")  # a whole model, for every engine
         sizes = {"train_rows": len(encoded), "rows_without_response": left_out, "held_out_rows": len(watched)}
         sizes["train_tokens"] = sum(len(one.input_ids) for one in encoded)
         write_json(out / TRAINING_FILE, _result(plan, adapted, trainer) | sizes)

@@ -47,6 +47,14 @@ def chosen(training: Any) -> dict[str, Any]:
     return {n: getattr(v, "value", v) for n, v in plain.items() if n in ALWAYS or v != defaults[n]}
 
 
+def defaults() -> dict[str, Any]:
+    """The training arguments at their defaults, which a plan leaves out."""
+    from transformers import TrainingArguments  # takes seconds
+
+    found = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainingArguments)}
+    return {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}
+
+
 def model_name(name_or_path: str) -> str:
     """What a record calls a model: its name on the hub, or its folder's name without the path to it."""
     return Path(name_or_path).name if Path(name_or_path).exists() else name_or_path

@@ -21,13 +21,20 @@ from vblora.methods.switch import Adapted
 def prepare(adapted: Adapted, accelerator: Any) -> None:
     """Make accelerate's FSDP2 leave an adapter of ours whole, and average its gradients.
 
-    Does nothing without FSDP and DeepSpeed, or for other methods.
+    Does nothing without FSDP and DeepSpeed.
 
     Raises:
-        ValueError: FSDP 1, or DeepSpeed with VB-LoRA: both put parameters into flat pieces.
+        ValueError: FSDP 1, or DeepSpeed with VB-LoRA: both put parameters into flat pieces. Or FSDP or ZeRO-3 with
+            another method: its parameters would be divided too, and are saved by one process here.
     """
     kind = str(accelerator.distributed_type)
     if not isinstance(adapted.adapter, nn.Module):
+        stage = accelerator.state.deepspeed_plugin.zero_stage if kind.endswith("DEEPSPEED") else 0
+        if kind.endswith("FSDP") or stage == 3:
+            raise ValueError(
+                "FSDP and ZeRO-3 are for this project's own adapters: other methods go with DDP or ZeRO-2 "
+                "(configs/ddp.yaml, configs/deepspeed_zero2.yaml)"
+            )
         return
     if kind.endswith("DEEPSPEED") and isinstance(adapted.adapter, VBLoRA):
         raise ValueError(

@@ -69,6 +69,8 @@ class Tuned:
         if adapter:
             raise ValueError(f"{run} is a run with an adapter of its own: leave --adapter out")
         if not (run / TRAINING_FILE).exists():
+            if (run / records.RECORD_FILE).exists():
+                raise ValueError(f"{run} is a run of a classifier, not of a language model")
             raise ValueError(f"{run} holds no finished run: train it to its end first")
         plan, last = read_json(run / records.PLAN_FILE), run / "last"
         name = base or str(plan["model_name_or_path"])
