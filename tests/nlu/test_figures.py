@@ -59,7 +59,7 @@ def record_of(trial: Trial, score: float = 0.3, parameters: int = 1000) -> dict:
         "method": "vblora",
         "overrides": dict(trial.overrides),
         "seed": trial.seed,
-        "settings": {},
+        "settings": {**trial.row_flags(), **trial.overrides},
         "scores": {"metric": "matthews_correlation", "last": scores, "best": scores},
         "stored_parameters": {"parameters": parameters, "bytes": 4 * parameters},
     }
