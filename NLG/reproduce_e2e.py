@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import Any
 
 import e2e_paper
 from e2e_data import SETS
-from e2e_rows import METHODS, MODELS, row
+from e2e_rows import METHODS, ROWS, row
 from vblora.storage.files import replacing
-from vblora.training import campaign, commands, records, schedule, tables
+from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,10 +44,13 @@ class Trial(campaign.Trial):
         return row(self.row)
 
 
-class E2E(campaign.Campaign):
+class E2E(campaign.RowCampaign):
     """Table 2."""
 
     description = str(__doc__)
+    rows = ROWS
+    script = ROOT / "NLG" / "run_e2e.py"
+    passed_on = ("data_dir",)
     runs = ROOT / "runs" / "e2e"
     kind = "e2e"
     own_flags = campaign.Campaign.own_flags | {"dataset"}
@@ -73,9 +75,7 @@ class E2E(campaign.Campaign):
         for names in SETS["e2e"].files.values() if trials and options.data_dir else ():
             if not any((options.data_dir / name).is_file() for name in names):
                 raise ValueError(f"--data_dir {options.data_dir} has no {' or '.join(names)}")
-        for trial in trials if options.models_dir else ():
-            if not (folder := _model_folder(trial, options)).is_dir():
-                raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
+        super().check_places(trials, options)
 
     def check_flags(self, command: list[str]) -> None:
         import run_e2e  # takes seconds, as transformers does
@@ -89,14 +89,6 @@ class E2E(campaign.Campaign):
             epochs = float(trial.overrides.get("num_train_epochs", row(trial.row)["num_train_epochs"]))
             return e2e_paper.MINUTES * epochs / e2e_paper.EPOCHS, "paper: VB-LoRA on an A100"
         return minutes, source
-
-    def job(self, trial: Trial, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        command = [sys.executable, str(ROOT / "NLG" / "run_e2e.py"), "--row", trial.row, "--seed", str(trial.seed)]
-        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
-        command += ["--data_dir", str(options.data_dir)] if options.data_dir else []
-        command += ["--model_name_or_path", str(_model_folder(trial, options))] if options.models_dir else []
-        command += [part for flag, value in extra.items() for part in (f"--{flag}", value)]
-        return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log")
 
     def table(
         self,
@@ -123,10 +115,6 @@ class E2E(campaign.Campaign):
         if texts.exists() and texts != kept:
             with replacing(kept) as temporary:
                 shutil.copyfile(texts, temporary)
-
-
-def _model_folder(trial: Trial, options: argparse.Namespace) -> Path:
-    return options.models_dir / MODELS[trial.model].name_or_path.rpartition("/")[2]
 
 
 def _scores(group: Sequence[dict[str, Any]], name: str) -> list[float]:

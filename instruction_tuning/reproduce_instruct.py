@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import instruct_paper
-from instruct_rows import METHODS, MODELS, row
+from instruct_rows import METHODS, MODELS, ROWS, row
 from vblora.storage.files import replacing
-from vblora.training import campaign, commands, records, schedule, tables
+from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,10 +47,13 @@ class Trial(campaign.Trial):
         return super().is_of(record) and (not self.judge or self.judge in record["scores"])
 
 
-class Instructions(campaign.Campaign):
+class Instructions(campaign.RowCampaign):
     """Table 3."""
 
     description = str(__doc__)
+    rows = ROWS
+    script = ROOT / "instruction_tuning" / "run_instruct.py"
+    passed_on = ("data", "bench_dir", "judge")
     runs = ROOT / "runs" / "instruct"
     kind = "instruct"
     filters = ("models", "methods", "seeds")
@@ -79,9 +81,7 @@ class Instructions(campaign.Campaign):
     def check_places(self, trials: Sequence[Trial], options: argparse.Namespace) -> None:
         if trials and options.data and not Path(options.data).is_file():
             raise ValueError(f"--data {options.data}: no such file")
-        for trial in trials if options.models_dir else ():
-            if not (folder := _model_folder(trial, options)).is_dir():
-                raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
+        super().check_places(trials, options)
 
     def check_flags(self, command: list[str]) -> None:
         import finetune
@@ -95,16 +95,6 @@ class Instructions(campaign.Campaign):
         if minutes is None and (trial.model, trial.method) in instruct_paper.MINUTES:
             return instruct_paper.MINUTES[trial.model, trial.method], "paper: the training, on an A100"
         return minutes, source
-
-    def job(self, trial: Trial, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        script = ROOT / "instruction_tuning" / "run_instruct.py"
-        command = [sys.executable, str(script), "--row", trial.row, "--seed", str(trial.seed)]
-        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
-        for flag in ("data", "bench_dir", "judge"):
-            command += [f"--{flag}", str(getattr(options, flag))] if getattr(options, flag) else []
-        command += ["--model_name_or_path", str(_model_folder(trial, options))] if options.models_dir else []
-        command += [part for flag, value in extra.items() for part in (f"--{flag}", value)]
-        return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log")
 
     def table(
         self,
@@ -132,10 +122,6 @@ class Instructions(campaign.Campaign):
         if answers.exists() and answers != kept:
             with replacing(kept) as temporary:
                 shutil.copyfile(answers, temporary)
-
-
-def _model_folder(trial: Trial, options: argparse.Namespace) -> Path:
-    return options.models_dir / MODELS[trial.model].name_or_path.rpartition("/")[2]
 
 
 def _judges(group: Sequence[dict[str, Any]], wanted: str) -> list[str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import math_paper
-from math_rows import METHODS, MODELS, row
+from math_rows import METHODS, MODELS, ROWS, row
 from vblora.storage.files import replacing
-from vblora.training import campaign, commands, records, schedule, tables
+from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +49,13 @@ class Trial(campaign.Trial):
         return super().is_of(record) and set(self.sets) <= record["scores"].keys()
 
 
-class Mathematics(campaign.Campaign):
+class Mathematics(campaign.RowCampaign):
     """Table 4."""
 
     description = str(__doc__)
+    rows = ROWS
+    script = ROOT / "math_instruction_tuning" / "run_math.py"
+    passed_on = ("data", "gsm8k", "math")
     runs = ROOT / "runs" / "math"
     kind = "math"
     filters = ("models", "methods", "seeds")
@@ -84,9 +86,7 @@ class Mathematics(campaign.Campaign):
             place = getattr(options, flag)
             if place not in (None, "none") and not Path(place).is_file():
                 raise ValueError(f"--{flag} {place}: no such file")
-        for trial in trials if options.models_dir else ():
-            if not (folder := _model_folder(trial, options)).is_dir():
-                raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
+        super().check_places(trials, options)
 
     def check_flags(self, command: list[str]) -> None:
         import finetune_math
@@ -96,16 +96,6 @@ class Mathematics(campaign.Campaign):
         own, rest = run_math.parse(command)
         instruct.parse(rest, finetune_math.FOLDER)
         run_math.check_sets(own)
-
-    def job(self, trial: Trial, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        script = ROOT / "math_instruction_tuning" / "run_math.py"
-        command = [sys.executable, str(script), "--row", trial.row, "--seed", str(trial.seed)]
-        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
-        for flag in ("data", "gsm8k", "math"):
-            command += [f"--{flag}", str(getattr(options, flag))] if getattr(options, flag) else []
-        command += ["--model_name_or_path", str(_model_folder(trial, options))] if options.models_dir else []
-        command += [part for flag, value in extra.items() for part in (f"--{flag}", value)]
-        return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log")
 
     def table(
         self,
@@ -132,10 +122,6 @@ class Mathematics(campaign.Campaign):
             if answers.exists() and answers != kept:
                 with replacing(kept) as temporary:
                     shutil.copyfile(answers, temporary)
-
-
-def _model_folder(trial: Trial, options: argparse.Namespace) -> Path:
-    return options.models_dir / MODELS[trial.model].name_or_path.rpartition("/")[2]
 
 
 def _accuracies(group: Sequence[dict[str, Any]], name: str, rule: str) -> list[float]:

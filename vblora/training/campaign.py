@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 from vblora.storage.files import replacing, write_json
 from vblora.training import plans, records, schedule, tables
+from vblora.training.rows import Rows
 
 Found = tuple[Path, dict[str, Any]]  # a record, and its file
 
@@ -159,6 +161,38 @@ class Campaign(ABC):
     @abstractmethod
     def keep(self, trial: Any, record_file: Path, folder: Path) -> None:
         """Copy what else of a run is worth keeping beside its record."""
+
+
+class RowCampaign(Campaign):
+    """A campaign whose rows are MODEL/METHOD and whose models may lie in --models_dir by their names.
+
+    Attributes:
+        rows: the table of numbers.
+        script: what runs one row.
+        passed_on: the options that go to the run as they are.
+    """
+
+    rows: Rows
+    script: Path
+    passed_on: tuple[str, ...]
+
+    def model_folder(self, trial: Trial, options: argparse.Namespace) -> Path:
+        """Of the trial's model in --models_dir."""
+        return options.models_dir / self.rows.models[trial.model].name_or_path.rpartition("/")[2]
+
+    def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
+        for trial in trials if options.models_dir else ():
+            if not (folder := self.model_folder(trial, options)).is_dir():
+                raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
+
+    def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
+        command = [sys.executable, str(self.script), "--row", trial.row, "--seed", str(trial.seed)]
+        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
+        for flag in self.passed_on:
+            command += [f"--{flag}", str(getattr(options, flag))] if getattr(options, flag) else []
+        command += ["--model_name_or_path", str(self.model_folder(trial, options))] if options.models_dir else []
+        command += [part for flag, value in extra.items() for part in (f"--{flag}", value)]
+        return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log")
 
 
 def records_of(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
