@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 
 @dataclass
@@ -35,10 +35,12 @@ def generate(model: Any, tokenizer: Any, encoded: list[list[int]], decoding: Dec
 
     `model` is in evaluation mode; the tokenizer pads on the left.
     """
-    batch = tokenizer.pad({"input_ids": encoded}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(model.device)
     width = batch["input_ids"].shape[1]
     output = model.generate(
-        **{name: tensor.to(model.device) for name, tensor in batch.items() if name != "token_type_ids"},
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        past_key_values=_read_once(model, batch, decoding.beam),
         num_beams=decoding.beam,
         do_sample=False,
         length_penalty=decoding.length_penalty if decoding.beam > 1 else None,
@@ -52,6 +54,24 @@ def generate(model: Any, tokenizer: Any, encoded: list[list[int]], decoding: Dec
     )
     texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return [" ".join(text.split()) for text in texts]
+
+
+def _read_once(model: Any, batch: Any, beams: int) -> DynamicCache | None:
+    """The keys and values of the prompts, once for each beam; None where generate has to read them itself.
+
+    Left to itself generate copies each prompt for every beam and reads all the copies.
+    """
+    mask = batch["attention_mask"][:, :-1]  # generate reads the last token
+    if beams == 1 or not mask.shape[1]:
+        return None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = model(
+        input_ids=batch["input_ids"][:, :-1], attention_mask=mask, position_ids=positions, use_cache=True
+    ).past_key_values
+    if type(cache) is not DynamicCache:
+        return None
+    cache.batch_repeat_interleave(beams)
+    return cache
 
 
 class NoRepeatAfter(LogitsProcessor):

@@ -35,6 +35,7 @@ from vblora.storage.files import read_json, write_json
 from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.causal import EncodedRows, Padded, load_model, load_tokenizer, torch_dtype
+from vblora.training.sampling import spaced
 from vblora.training.trainer import AdapterTrainer
 from vblora.training.tuned import TRAINING_FILE
 
@@ -133,13 +134,6 @@ def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example
     if count is None or count >= len(examples):
         return examples
     return [examples[number] for number in sorted(random.Random(seed).sample(range(len(examples)), count))]
-
-
-def spaced(items: list[Any], count: int | None) -> list[Any]:
-    """That many of the items, evenly spaced: the files have like ones beside each other."""
-    if count is None or count >= len(items):
-        return items
-    return [items[number * len(items) // count] for number in range(count)]
 
 
 def make_plan(

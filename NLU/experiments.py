@@ -19,9 +19,11 @@ class Trial(campaign.Trial):
 
     Attributes:
         from_mnli: start from the adapter that was trained on MNLI.
+        bank_of: the task whose adapter's bank is used, frozen; "" for a bank of its own.
     """
 
     from_mnli: bool = False
+    bank_of: str = ""
 
     @property
     def task(self) -> str:
@@ -34,8 +36,19 @@ class Trial(campaign.Trial):
         return [self.variant, "from_mnli" if self.from_mnli else ""]
 
     def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's; its start counts too."""
-        return super().is_of(record) and ("start_from" in record["settings"]) == self.from_mnli
+        """Whether a record is this trial's; what it starts from counts too."""
+        settings = record["settings"]
+        starts = ("start_from" in settings, "bank_from" in settings)
+        return super().is_of(record) and starts == (self.from_mnli, bool(self.bank_of))
+
+    def start(self) -> Trial | None:
+        """The run that must be there before this one."""
+        if self.from_mnli:  # one for all seeds, as LoRA had one checkpoint
+            form = {"form": "full"} if self.method.startswith("vblora") else {}
+            return Trial(f"{self.model}/mnli/{self.method}", changes=form, extra=self.extra)
+        if self.bank_of:
+            return Trial(f"{self.model}/{self.bank_of}/{self.method}", seed=self.seed, extra=self.extra)
+        return None
 
 
 Changes = dict[str, Any]
@@ -106,17 +119,21 @@ ABLATIONS: dict[str, Ablation] = {
     "init_std": Ablation(
         "Standard deviation of the initial logits (0.01: the authors' GLUE code; 0.1: PEFT's default)",
         {f"std{std}": {"init_logits_std": std} for std in (0.001, 0.01, 0.1, 1.0)},
-        method="vblora_all",
     ),
-    "bank_size": Ablation("Bank size", {f"h{h}": {"num_vectors": h} for h in (30, 90, 270)}, method="vblora_all"),
+    "bank_size": Ablation("Bank size", {f"h{h}": {"num_vectors": h} for h in (30, 90, 270)}),
+    "shared_bank": Ablation(
+        "One bank for several tasks: MRPC and others on the frozen bank that was trained on CoLA",
+        {"own_bank": {}, "bank_of_cola": {"bank_of": "cola"}},
+        method="vblora_all",
+        task="mrpc",
+    ),
     "learning_rates": Ablation(
         "Learning rates of the bank and of the logits (the paper's: 1e-3 and 1e-2)",
         {
             f"bank{bank}_logits{logits}": {"learning_rate_vector_bank": bank, "learning_rate_logits": logits}
-            for bank in (1e-3, 2e-3, 4e-3)
+            for bank in (1e-3, 2e-3, 4e-3, 8e-3)
             for logits in (1e-2, 3e-2)
         },
-        method="vblora_all",
     ),
 }
 TABLE_1 = "table1"
@@ -135,12 +152,6 @@ def table1(
         for task in tasks
         for method in methods
     ]
-
-
-def mnli_of(trial: Trial) -> Trial:
-    """The MNLI run that a trial starts from: one for all seeds, as LoRA had one checkpoint."""
-    form = {"form": "full"} if trial.method.startswith("vblora") else {}
-    return Trial(f"{trial.model}/mnli/{trial.method}", changes=form, extra=trial.extra)
 
 
 def ablation(
@@ -169,6 +180,8 @@ def ablation(
 
 def trial_of(row: str, variant: str, changes: Changes, seed: int) -> Trial:
     """The trial of a row under these changes, without those that change nothing."""
-    flags = flags_of(row)
+    flags, changes = flags_of(row), dict(changes)
+    if bank_of := changes.pop("bank_of", ""):
+        return Trial(row, variant, {flag: str(v) for flag, v in changes.items()}, seed, bank_of=bank_of)
     real = {flag: str(value) for flag, value in changes.items() if flags.get(flag) != value}
     return Trial(row, variant if real else "", real, seed)

@@ -418,10 +418,10 @@ def mixtures(points: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np
 
 
 class Point(NamedTuple):
-    """One method of Figure 1; the score and its standard deviation in percent."""
+    """One method of Figure 1 (or of sizes.py); the score and its standard deviation in percent."""
 
     label: str
-    parameters: float
+    size: float
     score: float
     deviation: float | None
     is_vblora: bool
@@ -434,18 +434,20 @@ class Point(NamedTuple):
 # How it is drawn.
 
 
-def draw_scores(panels: dict[str, list[Point]], ylabel: str) -> Figure:
-    """Scores against stored parameters, a panel for each title."""
+def draw_scores(
+    panels: dict[str, list[Point]], ylabel: str, xlabel: str = "stored parameters, without the head"
+) -> Figure:
+    """Scores against sizes, a panel for each title."""
     figure = Figure(figsize=(12, 5.6), dpi=DPI, layout="constrained")
     for axes, (title, points) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
         for p in points:
             colour, marker = (VERMILION, "D") if p.is_vblora else (BLUE, "o")
-            axes.plot(p.parameters, p.score, marker, color=colour, markersize=8, zorder=3)
+            axes.plot(p.size, p.score, marker, color=colour, markersize=8, zorder=3)
             if p.deviation is not None:
-                axes.errorbar(p.parameters, p.score, p.deviation, color=colour, capsize=3, linewidth=1.2, alpha=0.5)
+                axes.errorbar(p.size, p.score, p.deviation, color=colour, capsize=3, linewidth=1.2, alpha=0.5)
         axes.set_xscale("log")
         axes.margins(0.16, 0.14)
-        axes.set(title=title, xlabel="stored parameters, without the head", ylabel=ylabel)
+        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
     if any(p.deviation is not None for points in panels.values() for p in points):
         figure.supxlabel("bars: standard deviation over seeds", fontsize=12, color=GREY)
@@ -463,8 +465,8 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     marks, parts = [], []
     for p in points:
         d = p.deviation or 0.0
-        marks.append(axes.transData.transform((p.parameters, p.score)))
-        parts.append(axes.transData.transform([(p.parameters, p.score + d * t) for t in np.linspace(-1, 1, 21)]))
+        marks.append(axes.transData.transform((p.size, p.score)))
+        parts.append(axes.transData.transform([(p.size, p.score + d * t) for t in np.linspace(-1, 1, 21)]))
     bars = np.concatenate(parts)
     turns = np.deg2rad([0, 180, 90, 270, 45, 315, 135, 225, 22, 338, 158, 202])
     taken: list[Bbox] = []
@@ -472,7 +474,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
         colour = VERMILION if p.is_vblora else BLACK
         text = axes.annotate(
             p.label,
-            (p.parameters, p.score),
+            (p.size, p.score),
             (0, 0),
             textcoords="offset pixels",
             ha="center",

@@ -23,7 +23,7 @@ from typing import Any
 
 import paper
 import table
-from experiments import ABLATIONS, EXPERIMENTS, TABLE_1, TABLE_1_MODELS, Trial, ablation, mnli_of, table1
+from experiments import ABLATIONS, EXPERIMENTS, TABLE_1, TABLE_1_MODELS, Trial, ablation, table1
 from glue_tasks import TASKS as GLUE_TASKS
 from hyperparameters import METHODS, MODELS, TASKS, row
 from vblora.storage.files import read_json, replacing
@@ -43,7 +43,7 @@ class Glue(campaign.Campaign):
     kind = "glue"
     filters = ("sizes", "tasks", "methods", "variants", "seeds")
     folders = ("glue_dir", "models_dir")
-    own_flags = campaign.Campaign.own_flags | {"task", "start_from", "form"}
+    own_flags = campaign.Campaign.own_flags | {"task", "start_from", "bank_from", "form"}
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -77,7 +77,8 @@ class Glue(campaign.Campaign):
         return [dataclasses.replace(trial, extra=campaign.real_flags(extra)) for trial in trials]
 
     def starts(self, trials: Sequence[Trial], options: argparse.Namespace) -> tuple[list[Trial], list[Trial]]:
-        starts = list({start.name: start for start in (mnli_of(t) for t in trials if t.from_mnli)}.values())
+        found = [start for trial in trials if (start := trial.start()) is not None]
+        starts = list({start.name: start for start in found}.values())
         # A start counts as done where its adapter is: its record alone is no use.
         return starts, [s for s in starts if not _has_adapter(s, options.runs)]
 
@@ -119,10 +120,10 @@ class Glue(campaign.Campaign):
         for flag, value in {**extra, **trial.changes}.items():
             command += [f"--{flag}", value]
         after = []
-        if trial.from_mnli:
-            start = mnli_of(trial)
+        if (start := trial.start()) is not None:
             after = [start.name]
-            command += ["--start_from", str(options.runs / start.name / "best")]
+            flag = "--start_from" if trial.from_mnli else "--bank_from"
+            command += [flag, str(options.runs / start.name / "best")]
         return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log", after)
 
     def table(

@@ -35,8 +35,10 @@ from glue_data import TaskData, load_task, tokenize
 from glue_tasks import Task, compute_metrics, get_task
 from hyperparameters import TARGETS, row
 from vblora.adapter import Adapter
+from vblora.counting import FLOAT32_BYTES, Count
 from vblora.methods import SelectionVBLoRA, VBLoRA
-from vblora.methods.switch import Adapted, apply_method, read_config_file
+from vblora.methods.switch import Adapted, AnyAdapter, apply_method, read_config_file
+from vblora.storage.shared_bank import read_bank, use_bank
 from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.selection_log import SelectionLog
@@ -74,6 +76,10 @@ class GlueArguments:
     )
     start_from: str | None = field(
         default=None, metadata={"help": "start from the adapter in this folder, such as an MNLI run's best/"}
+    )
+    bank_from: str | None = field(
+        default=None,
+        metadata={"help": "take the vector bank of the VB-LoRA adapter in this folder and train without changing it"},
     )
     form: str = field(
         default="topk", metadata={"help": "of VB-LoRA's files: topk, or full (all logits) for --start_from"}
@@ -148,6 +154,10 @@ def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArgum
                 raise ValueError(f"--{flag} does nothing with --method full: leave it out")
     if glue.start_from is not None and not Path(glue.start_from).is_dir():
         raise ValueError(f"--start_from {glue.start_from}: no such folder")
+    if glue.bank_from is not None:
+        if method.method != "vblora":
+            raise ValueError(f"--bank_from does nothing with --method {method.method}: leave it out")
+        read_bank(glue.bank_from)
     if glue.form != "topk" and not method.method.startswith("vblora"):
         raise ValueError(f"--form does nothing with --method {method.method}: leave it out")
 
@@ -161,6 +171,8 @@ def make_plan(
     if glue.start_from is not None:
         plan["start_from"] = records.folder_fingerprint(Path(glue.start_from))
     plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
+    if glue.bank_from is not None:
+        plan["bank_from"] = records.folder_fingerprint(Path(glue.bank_from))
     folder = Path(find_model(glue.model_name_or_path))
     if folder.is_dir():
         plan["model_fingerprint"] = records.folder_fingerprint(folder)
@@ -172,6 +184,11 @@ def make_plan(
     return plan
 
 
+def rates(glue: GlueArguments, method: MethodArguments) -> dict[str, float | None]:
+    """The learning rates beside the head's; a frozen bank has none."""
+    return {name: rate for name, rate in method.rates().items() if name != "lr_vector_bank" or glue.bank_from is None}
+
+
 def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Adapted, Any]:
     """The model with its adapter, and the tokenizer."""
     name = find_model(glue.model_name_or_path)
@@ -181,7 +198,11 @@ def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Ada
         lambda: AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.num_labels), name, flag
     )
     settings = method.settings(TARGETS.get(glue.targets, glue.targets), glue.head.split(","))
-    return apply_method(model, method.method, settings), tokenizer
+    adapted = apply_method(model, method.method, settings)
+    if glue.bank_from is not None:
+        assert isinstance(adapted.adapter, VBLoRA)
+        use_bank(adapted.adapter, glue.bank_from)
+    return adapted, tokenizer
 
 
 def make_trainer(
@@ -202,7 +223,7 @@ def make_trainer(
 
     trainer = AdapterTrainer(
         adapted,
-        method.rates(),
+        rates(glue, method),
         training,
         train_dataset=tokenize(data["train"], tokenizer, glue.max_length),
         eval_dataset=tokenize(data["validation"], tokenizer, glue.max_length),
@@ -239,7 +260,7 @@ def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: Adapt
             "validation_rows": len(data["validation"]),
         },
         "scores": records.scores(trainer.state.log_history, task.metric),
-        "stored_parameters": adapter.stored_parameters()._asdict(),
+        "stored_parameters": _stored(plan, adapter)._asdict(),
         "head_parameters": adapter.head_parameters(),
         "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
         "steps": steps,
@@ -248,6 +269,17 @@ def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: Adapt
         "peak_memory_mib": records.peak_memory_mib(),
         **records.environment(),
     }
+
+
+def _stored(plan: dict[str, Any], adapter: AnyAdapter) -> Count:
+    """What is stored for this task; another task's bank is there already."""
+    count = adapter.stored_parameters()
+    if "bank_from" not in plan:
+        return count
+    assert isinstance(adapter, VBLoRA)
+    numbers = adapter.vector_bank.numel()
+    values = {name: value - numbers for name, value in count._asdict().items()}
+    return Count(**values | {"bytes": count.bytes - numbers * FLOAT32_BYTES})
 
 
 def _summary(record: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from mt_bench import Answer, Bench, Question, answers_file, append_line, mend_en
 from vblora.storage.files import read_json, write_json
 from vblora.training import causal, commands, records
 from vblora.training.instruction_data import FORMS, WITHOUT_INPUT
+from vblora.training.sampling import spaced
 from vblora.training.tuned import Tuned
 
 TEMPLATES = ("auto", "chat", "alpaca")
@@ -89,7 +90,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or auto: as it is kept")
     parser.add_argument("--questions", type=int, nargs="+", metavar="ID", help="answer these only")
-    parser.add_argument("--max_questions", type=int, metavar="N", help="answer the first only")
+    parser.add_argument(
+        "--max_questions", type=int, metavar="N", help="answer N of them, evenly spaced over the categories"
+    )
     options = parser.parse_args(arguments)
     for name in ("max_new_tokens", "max_questions"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -105,7 +108,7 @@ def chosen(questions: dict[int, Question], ids: list[int] | None, most: int | No
         raise ValueError(
             f"--questions: MT-Bench has no question {unknown[0]}, but {min(questions)} to {max(questions)}"
         )
-    return [question for number, question in questions.items() if not ids or number in ids][:most]
+    return spaced([question for number, question in questions.items() if not ids or number in ids], most)
 
 
 # ------------------------------------------------------------------------------------------------ progress

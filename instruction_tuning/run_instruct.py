@@ -65,7 +65,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.allow_abbrev = False
     parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of instruct_rows.py")
     parser.add_argument("--bench_dir", type=Path, help="folder with MT-Bench's files; downloaded once unless given")
-    parser.add_argument("--max_questions", type=int, help="answer the first questions only")
+    parser.add_argument(
+        "--max_questions", type=int, help="answer this many questions, evenly spaced over the categories"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
     parser.add_argument("--judge", help="the judging model's name at the endpoint, such as gpt-4; nobody unless given")
     parser.add_argument("--judge_workers", type=int, default=1, help="requests under way at a time")

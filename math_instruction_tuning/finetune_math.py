@@ -4,7 +4,8 @@
     python math_instruction_tuning/finetune_math.py --row gemma_7b/lora_xs --plan
     python math_instruction_tuning/finetune_math.py --model_name_or_path DIR --data FILE.json --method vblora
 
-Everything else is as in instruction_tuning/finetune.py; the rows are MetaMathQA's, with the columns query and response.
+Everything else is as in instruction_tuning/finetune.py; the rows are MetaMathQA's, with the columns query and response,
+or with `--form gsm8k` GSM8K's own, whose answers are brought to MetaMathQA's form.
 """
 
 from __future__ import annotations

@@ -33,9 +33,12 @@ COMMON: dict[str, Any] = {
 MODELS: dict[str, Model] = {
     "mistral_7b": Model("mistralai/Mistral-7B-v0.1"),
     "gemma_7b": Model("google/gemma-7b"),
+    # GSM8K's own answers: short, and those of its test problems are comparable.
     "smollm2_135m": Model(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         {
+            "data": "openai/gsm8k",
+            "form": "gsm8k",
             "split": "train",
             "max_length": 320,
             "dtype": "float32",

@@ -67,7 +67,7 @@ class Mathematics(campaign.RowCampaign):
         parser.add_argument("--models", nargs="+", choices=MODELS, default=list(PAPER_MODELS))
         parser.add_argument("--methods", nargs="+", default=list(PAPER_METHODS), help=f"of {' '.join(METHODS)}")
         parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="0 unless given")
-        parser.add_argument("--data", help="a file in MetaMathQA's form, not the hub")
+        parser.add_argument("--data", help="a file of the problems to train on, not the hub")
         parser.add_argument("--gsm8k", help="a file with GSM8K's test problems, not the hub; or none")
         parser.add_argument("--math", help="a file with MATH's test problems, not the hub; or none")
 

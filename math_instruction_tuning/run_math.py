@@ -24,6 +24,7 @@ import solve
 from math_rows import row
 from vblora.training import commands, instruct, plans, records
 from vblora.training.instruct import Run
+from vblora.training.sampling import spaced
 
 SETS = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math"}
 NONE = "none"
@@ -103,7 +104,7 @@ def test(name: str, out: Path, run: Run, own: argparse.Namespace) -> dict[str, A
 
 def problems_of(name: str, own: argparse.Namespace) -> list[math_references.Problem]:
     """The problems of one set that are answered."""
-    return solve.spaced(math_references.read(getattr(own, name), name), own.test_samples)
+    return spaced(math_references.read(getattr(own, name), name), own.test_samples)
 
 
 def make_record(out: Path, trained: dict[str, Any], testing: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ token, or where the model begins a new "### Instruction:". (The authors' command
 "Instruction" and "Response", which cuts answers that have them; score.py's authors' rule does that to the text.)
 
 Writes one JSON line per problem (number, question, output), as score.py takes it. Interrupted, it goes on where it
-stopped. With --engine vllm an adapter is first merged into the weights, in a folder beside the output.
+stopped. With --engine vllm an adapter is first merged into the weights, in a folder beside the output; with --as_lora
+besides it is given to vLLM as LoRA, which is exact too, and the whole model is not written again.
 """
 
 from __future__ import annotations
@@ -27,18 +28,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 import math_references
 from math_references import Problem
+from vblora.storage import CONFIG_FILE
 from vblora.storage.files import read_json, replacing, write_json
 from vblora.training import causal, commands, records
+from vblora.training.exporting import write_exported
 from vblora.training.instruction_data import WITHOUT_INPUT
 from vblora.training.merging import write_merged
 from vblora.training.progress import Progress
+from vblora.training.sampling import spaced
 from vblora.training.tuned import Tuned
 
 PROMPT = WITHOUT_INPUT + " Let's think step by step."
 STOP = "### Instruction:"
 VLLM_CHUNK = 512  # problems between two entries in the file of progress; vLLM batches within
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be made ready for
 
 
 def main(arguments: list[str]) -> Path:
@@ -56,6 +63,7 @@ def main(arguments: list[str]) -> Path:
     if options.output is None and tuned.plan is None:
         raise ValueError("--output FILE.jsonl is needed where the model is no run")
     settings = {**tuned.settings(), "max_new_tokens": options.max_new_tokens, "engine": options.engine}
+    settings |= {"as_lora": True} if options.as_lora else {}
     settings["problems"] = fingerprint(problems)
     note = target.with_suffix(".settings.json")
     if target.exists() and note.exists():
@@ -86,7 +94,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("problems", help=f"a file, or one of {', '.join(math_references.HUB)}")
     parser.add_argument("--output", type=Path, help="the file to write; for a run gsm8k.jsonl or math.jsonl in it")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--adapter", type=Path, help="folder of an adapter: this project's or PEFT's")
+    parser.add_argument("--as_lora", action="store_true", help="give vLLM the adapter as LoRA instead of merging it")
+    parser.add_argument("--adapter", type=Path, help="an adapter's folder, this project's or PEFT's, or a packed file")
     parser.add_argument("--model_name_or_path", help="a run's base model; as in training unless given")
     parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or as it is kept")
@@ -99,14 +108,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             raise ValueError(f"--{name} must be at least 1, not {value}")
     if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ValueError("--engine vllm: vllm is not installed; leave --engine out to use transformers")
+    if options.as_lora and options.engine != "vllm":
+        raise ValueError("--as_lora goes with --engine vllm: transformers has the adapter as it is")
     return options
-
-
-def spaced(problems: Sequence[Problem], count: int | None) -> list[Problem]:
-    """That many of the problems, evenly spaced: MATH's are in order of their subjects."""
-    if count is None or count >= len(problems):
-        return list(problems)
-    return [problems[number * len(problems) // count] for number in range(count)]
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
@@ -133,14 +137,27 @@ def engine_of(options: argparse.Namespace, tuned: Tuned, place: Path) -> Engine:
     """The engine that was asked for, with the model in it; a merged one is kept in a folder in `place`."""
     if options.engine == "transformers":
         return TransformersEngine(tuned, options.max_new_tokens, options.batch_size)
-    folder = tuned.weights
-    if tuned.adapter is not None:
-        name = hashlib.sha256(json.dumps(tuned.settings()).encode()).hexdigest()[:12]
+    folder, lora = tuned.weights, None
+    name = hashlib.sha256(json.dumps(tuned.settings()).encode()).hexdigest()[:12]
+    if options.as_lora:
+        lora = lora_of(tuned, place / f"lora-{name}")
+    elif tuned.adapter is not None:
         merged = place / f"merged-{name}"
         folder = str(merged if merged.exists() else write_merged(tuned, merged))
     elif tuned.bits != 16:
         raise ValueError(f"--bits {tuned.bits} does nothing with --engine vllm where there is no adapter: leave it out")
-    return VllmEngine(folder, tuned.dtype, options.max_new_tokens)
+    return VllmEngine(folder, tuned.dtype, options.max_new_tokens, lora)
+
+
+def lora_of(tuned: Tuned, folder: Path) -> Path:
+    """The adapter as plain LoRA: PEFT's own as it is, another one in this folder."""
+    if tuned.adapter is None:
+        raise ValueError(f"--as_lora: {tuned.base} comes with no adapter")
+    if tuned.bits != 16:
+        raise ValueError("--as_lora would add the adapter to weights that are not quantised: leave it out to merge")
+    if tuned.adapter.is_dir() and read_json(tuned.adapter / CONFIG_FILE).get("peft_type") == "LORA":
+        return tuned.adapter
+    return folder if folder.exists() else write_exported(tuned, folder)
 
 
 class TransformersEngine:
@@ -171,19 +188,28 @@ class TransformersEngine:
 
 
 class VllmEngine:
-    """vLLM on a whole model."""
+    """vLLM on a whole model, with an adapter as LoRA if one is given."""
 
     batch_size = VLLM_CHUNK
 
-    def __init__(self, folder: str, dtype: str, max_new_tokens: int) -> None:
+    def __init__(self, folder: str, dtype: str, max_new_tokens: int, lora: Path | None = None) -> None:
         from vllm import LLM, SamplingParams
 
         self.tokenizer = causal.load_tokenizer(folder)
-        self.engine = LLM(model=folder, dtype=dtype, generation_config="vllm")
+        # Compiling pays on a GPU; on a CPU it takes minutes.
+        settings: dict[str, Any] = {"generation_config": "vllm", "enforce_eager": not torch.cuda.is_available()}
+        self.given: dict[str, Any] = {}
+        if lora is not None:
+            from vllm.lora.request import LoRARequest
+
+            rank = read_json(lora / CONFIG_FILE)["r"]
+            settings |= {"enable_lora": True, "max_lora_rank": min(r for r in LORA_RANKS if r >= rank)}
+            self.given = {"lora_request": LoRARequest("adapter", 1, str(lora.resolve()))}
+        self.engine = LLM(model=folder, dtype=dtype, **settings)
         self.sampling = SamplingParams(temperature=0, max_tokens=max_new_tokens, stop=[STOP])
 
     def texts(self, prompts: list[list[int]]) -> list[str]:
-        found = self.engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], self.sampling)
+        found = self.engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], self.sampling, **self.given)
         return [output.outputs[0].text for output in found]
 
 

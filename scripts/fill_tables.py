@@ -29,7 +29,7 @@ def printed_by(arguments: list[str]) -> str:
     """What reproduce.sh prints for these arguments, from records alone."""
     script = ROOT / SCRIPTS.get(arguments[0], "NLU/reproduce.py")
     with tempfile.TemporaryDirectory() as nothing:
-        command = [sys.executable, str(script), *arguments, "--no_runs", "--runs", nothing]
+        command = [sys.executable, str(script), arguments[0], "--no_runs", "--runs", nothing, *arguments[1:]]
         return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 

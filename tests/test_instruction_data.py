@@ -50,6 +50,13 @@ def test_the_two_prompts_of_alpaca_and_the_one_of_metamath(tmp_path):
     ]
 
 
+def test_gsm8ks_answers_are_brought_to_metamaths_form(tmp_path):
+    answer = "48/2 = <<48/2=24>>24 in May.\nAll: $<<48+24=72>>72.\n#### 1,072"
+    (row,) = load_rows(write(tmp_path / "rows.jsonl", [{"question": "How many?", "answer": answer}]), "gsm8k")
+    assert row.prompt.endswith("### Instruction:\nHow many?\n\n### Response:")
+    assert row.response == "48/2 = 24 in May.\nAll: $72.\n#### 1,072\nThe answer is: 1,072"
+
+
 @pytest.mark.parametrize(
     "split",
     ["train", "train[:3]", "train[4:]", "train[2:5]", "train[-2:]", "train[10%:40%]", "train[:33%]", "train[:]"],
@@ -81,6 +88,12 @@ def test_a_wrong_row_is_named(name, text, message, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         load_rows(str(tmp_path / name), "metamath")
+
+
+def test_an_answer_of_gsm8k_without_its_number_is_named(tmp_path):
+    rows = [{"question": "How many?", "answer": "2\n#### 2"}, {"question": "How many?", "answer": "2"}]
+    with pytest.raises(ValueError, match=r'rows.jsonl, line 2: the answer does not end with "#### "'):
+        load_rows(write(tmp_path / "rows.jsonl", rows), "gsm8k")
 
 
 def test_other_wrong_input_is_named(tmp_path):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from vblora.adapter import Adapter, attach
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
     from vblora.optim import AdamW, param_groups
+    from vblora.serving.store import AdapterStore
     from vblora.storage import load, save
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdamW",
     "Adapter",
+    "AdapterStore",
     "LoRAXSConfig",
     "TiedLoRAConfig",
     "VBLoRAConfig",
@@ -30,6 +32,7 @@ __all__ = [
 _HOMES = {
     "AdamW": "vblora.optim",
     "Adapter": "vblora.adapter",
+    "AdapterStore": "vblora.serving.store",
     "LoRAXSConfig": "vblora.methods",
     "TiedLoRAConfig": "vblora.methods",
     "VBLoRAConfig": "vblora.methods",

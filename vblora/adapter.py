@@ -260,11 +260,25 @@ class Adapter(nn.Module):
 
         save(self, directory, form=form)
 
-    def start_from(self, directory: str) -> None:
+    def pack(
+        self, path: str, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
+    ) -> int:
+        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.storage.packed.write`."""
+        from vblora.storage import packed
+
+        return packed.write(self, path, bank=bank, weights=weights, heads=heads)
+
+    def export_lora(self, directory: str, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.storage.lora_format`."""
+        from vblora.storage.lora_format import export
+
+        export(self, directory, dtype=dtype)
+
+    def start_from(self, directory: str, *, redraw: bool = False) -> None:
         """Take over the values of a saved adapter of the same settings, but not its heads: see `storage.restore`."""
         from vblora.storage import restore
 
-        restore(self, directory, heads=False)
+        restore(self, directory, heads=False, redraw=redraw)
 
     def head_parameters(self) -> int:
         """Numbers in the modules of `modules_to_save`, which the paper's counts leave out."""

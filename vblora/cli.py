@@ -2,7 +2,10 @@
 
     vblora count      the stored parameters of the paper's Tables 1 to 4, recomputed beside the printed ones
     vblora inspect    what a saved adapter holds
+    vblora pack       an adapter's directory as one small file
+    vblora unpack     such a file as a directory
     vblora merge      a whole model with the adapter in its weights
+    vblora export     an adapter as plain LoRA, for PEFT, vLLM and SGLang
 
 A mistake in what was asked for is one line on stderr, `vblora: error: ...`, and exit code 2.
 """
@@ -51,8 +54,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vblora", description="VB-LoRA: count stored parameters, inspect and merge adapters.")
-    commands = parser.add_subparsers(title="commands", metavar="{count,inspect,merge}", required=True)
+    parser = _Parser(prog="vblora", description="VB-LoRA: count stored parameters, inspect, pack and merge adapters.")
+    commands = parser.add_subparsers(
+        title="commands", metavar="{count,inspect,pack,unpack,merge,export}", required=True
+    )
 
     count = commands.add_parser(
         "count",
@@ -67,9 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     count.set_defaults(run=_count)
 
     inspect = commands.add_parser("inspect", help="what a saved adapter holds")
-    inspect.add_argument("directory", metavar="DIR", help="the directory the adapter was saved in")
+    inspect.add_argument("directory", metavar="DIR", help="the directory the adapter was saved in, or a packed file")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
+
+    _add_pack(commands)
 
     merge = commands.add_parser(
         "merge",
@@ -87,7 +94,54 @@ def _parser() -> argparse.ArgumentParser:
         "--original_weights", action="store_true", help="add to the weights as published, not as they were quantised"
     )
     merge.set_defaults(run=_merge)
+
+    _add_export(commands)
     return parser
+
+
+def _add_pack(commands: Any) -> None:
+    pack = commands.add_parser(
+        "pack",
+        help="an adapter's directory as one small file",
+        description="Write the adapter in a directory as one packed file (docs/packed_format.md), and print what that "
+        "saves and loses. Without settings nothing is lost.",
+    )
+    pack.add_argument("directory", metavar="DIR", help="the adapter's directory, or a packed file")
+    pack.add_argument("file", metavar="FILE", help="the file to write, by convention NAME.vblora.safetensors")
+    types = ("lossless", "float32", "float16", "bfloat16", "int8")
+    pack.add_argument(
+        "--bank",
+        choices=(*types, "shared"),
+        default="lossless",
+        help="type of the vector bank; shared: in a file of its own beside FILE, for all adapters with the same bank",
+    )
+    pack.add_argument("--weights", choices=("lossless", "16", "8"), default="lossless", help="bits of a weight")
+    pack.add_argument("--heads", choices=types, default="lossless", help="type of modules_to_save")
+    pack.add_argument("--model", metavar="MODEL", help="the base model's folder or name, where DIR names no layers")
+    pack.set_defaults(run=_pack)
+
+    unpack = commands.add_parser("unpack", help="a packed file as a directory")
+    unpack.add_argument("file", metavar="FILE", help="the packed file")
+    unpack.add_argument("directory", metavar="DIR", help="the directory to write; PEFT's format where that can hold it")
+    unpack.add_argument("--format", choices=("auto", "peft", "native"), default="auto", help="the directory's format")
+    unpack.set_defaults(run=_unpack)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="an adapter as plain LoRA, for PEFT, vLLM and SGLang",
+        description="Write an adapter as a directory of plain LoRA with the very same outputs. A packed file needs "
+        "nothing else, unless it is LoRA-XS; other adapters need their model.",
+    )
+    export.add_argument("model", metavar="RUN_OR_MODEL", help="a training's output folder, a model, or a packed file")
+    export.add_argument("output", metavar="OUTPUT", help="the folder to write; it must not exist")
+    export.add_argument("--adapter", metavar="DIR", help="the adapter, where the first argument is a model")
+    export.add_argument("--model_name_or_path", metavar="MODEL", help="a run's base model; as in training unless given")
+    export.add_argument("--to", choices=("lora",), default="lora", help="the format")
+    types = ("float32", "float16", "bfloat16")
+    export.add_argument("--dtype", choices=types, default="float32", help="of the factors in the file")
+    export.set_defaults(run=_export)
 
 
 def _one_of(names: Any) -> str:
@@ -220,6 +274,36 @@ def _inspect(arguments: argparse.Namespace) -> str:
     return json.dumps(description, indent=2) if arguments.json else render(description)
 
 
+# --- pack -------------------------------------------------------------------------------------------
+
+
+def _pack(arguments: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from vblora.storage import TENSOR_FILE, packed, packing
+
+    weights = arguments.weights if arguments.weights == "lossless" else int(arguments.weights)
+    source, file = Path(arguments.directory), Path(arguments.file)
+    before = source if source.is_file() else source / TENSOR_FILE
+    content = packing.read_directory(source, arguments.model)
+    size = before.stat().st_size
+    packed.write(content, file, bank=arguments.bank, weights=weights, heads=arguments.heads)
+    loss, now = packing.compare(content, packed.read(file)), file.stat().st_size
+    lines = [f"{before}: {size:,} bytes", f"{file}: {now:,} bytes, {now / size:.1%}"]
+    if loss is not None:
+        lines.append(
+            f"largest error of a factor's entry {loss.largest_error:.3g}, of entries up to {loss.largest_entry:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def _unpack(arguments: argparse.Namespace) -> str:
+    from vblora.storage import packing
+
+    content = packing.unpack(arguments.file, arguments.directory, format=arguments.format)
+    return f"{arguments.directory}: {content.config.method} for {len(content.shapes)} layers"
+
+
 # --- merge ------------------------------------------------------------------------------------------
 
 
@@ -239,6 +323,39 @@ def _merge(arguments: argparse.Namespace) -> str:
         dtype=arguments.dtype,
     )
     return str(write_merged(tuned, Path(arguments.output), arguments.original_weights))
+
+
+# --- export -----------------------------------------------------------------------------------------
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    import torch
+
+    source, output, dtype = Path(arguments.model), Path(arguments.output), getattr(torch, arguments.dtype)
+    if source.is_file():
+        return _export_packed(source, output, dtype, arguments)
+    try:
+        from vblora.training.exporting import write_exported
+        from vblora.training.tuned import Tuned
+    except ModuleNotFoundError as error:
+        raise ValueError(f"export needs transformers: pip install 'vblora[train]' ({error})") from error
+    adapter = Path(arguments.adapter) if arguments.adapter else None
+    tuned = Tuned.of(arguments.model, adapter=adapter, base=arguments.model_name_or_path)
+    return str(write_exported(tuned, output, dtype))
+
+
+def _export_packed(source: Any, output: Any, dtype: Any, arguments: argparse.Namespace) -> str:
+    from vblora.storage import lora_format, packed
+
+    if arguments.adapter or arguments.model_name_or_path:
+        raise ValueError(f"{source} is the adapter, with all it needs: leave --adapter and --model_name_or_path out")
+    content = packed.read(source)
+    if content.config.method == "lora_xs":
+        raise ValueError(f"LoRA-XS needs its model's weights: vblora export MODEL {output} --adapter {source}")
+    lora_format.export(content, output, dtype=dtype)
+    return str(output)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def _split(targets: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn
     result: dict[str, nn.Module] = {}
     unused = set(config.split_modules or {})
     for name, module in targets.items():
-        key = _split_key(name, config)
+        key = split_key(name, config)
         if key is None:
             result[name] = module
             continue
@@ -75,14 +75,15 @@ def _split(targets: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn
     return result
 
 
-def _split_key(name: str, config: AdapterConfig) -> str | None:
+def split_key(name: str, config: AdapterConfig) -> str | None:
+    """The name in `split_modules` that makes this layer several, if one does."""
     return next((key for key in config.split_modules or {} if name == key or name.endswith(f".{key}")), None)
 
 
 def output_slice(name: str, module: nn.Module, config: AdapterConfig) -> slice:
     """Which of a layer's outputs the target of this name adapts: all, or those of one part of `split_modules`."""
     layer, _, part = name.rpartition(".")
-    key = _split_key(layer, config) if layer else None
+    key = split_key(layer, config) if layer else None
     if key is None:
         return slice(None)
     assert config.split_modules is not None

@@ -80,8 +80,10 @@ def places(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "data" / "test.jsonl").read_text().splitlines()]
     solved = {"solution": r"so \boxed{3}", "type": "Algebra", "level": "Level 1"}
     maths = [{"problem": row["question"], **solved} for row in rows]
+    own = [generate_problems.gsm8k_row(problem) for problem in generate_problems.generate(40, seed=5)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     (tmp_path / "data" / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in maths))
-    data = ["--data", str(tmp_path / "data" / "train.json"), "--gsm8k", str(tmp_path / "data" / "test.jsonl")]
+    data = ["--data", str(tmp_path / "data" / "train.jsonl"), "--gsm8k", str(tmp_path / "data" / "test.jsonl")]
     return [*data, "--models_dir", str(tmp_path / "models"), "--runs", str(tmp_path / "runs")]
 
 

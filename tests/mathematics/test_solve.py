@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from language_helpers import byte_tokenizer, save_tiny_llama
@@ -16,6 +17,7 @@ from math_references import read
 from vblora.cli import main as vblora_command
 from vblora.storage.files import read_json
 from vblora.training import causal
+from vblora.training.sampling import spaced
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def texts(path):
 def test_answers_are_in_order_and_the_same_in_any_batch(command, base, problems):
     first = solve.main(command(base))
     rows = [json.loads(line) for line in first.read_text().splitlines()]
-    wanted = solve.spaced(read(problems / "test.jsonl"), 6)
+    wanted = spaced(read(problems / "test.jsonl"), 6)
     assert [(row["number"], row["question"]) for row in rows] == [(p.number, p.question) for p in wanted]
     assert len({p.number for p in wanted}) == 6 and wanted[-1].number > 6  # spaced, not the first
     assert texts(solve.main(command(base, "--batch_size", "1", out="one.jsonl"))) == texts(first)
@@ -151,30 +153,55 @@ def test_the_prompt_is_the_papers_with_the_first_token(problems):
     assert kept.texts == {problem.number: "4."}  # the new instruction is cut, the answer is not
 
 
-def test_vllm_is_given_the_merged_model_the_same_tokens_and_the_same_stop(command, base, run, tmp_path, monkeypatch):
-    """With a stand-in for vLLM that answers by transformers: what it is asked for is what is tested here."""
+@pytest.fixture
+def asked(monkeypatch):
+    """What a stand-in for vLLM, which answers by transformers, is asked for; LoRA it has from PEFT."""
     asked = {}
 
     class LLM:
-        def __init__(self, model, dtype, generation_config):
-            asked["model"], asked["dtype"] = model, dtype
-            self.engine = solve.TransformersEngine(solve.Tuned.of(model), 12, 4)
+        def __init__(self, model, dtype, **settings):
+            asked.update(settings, model=model, dtype=dtype)
 
-        def generate(self, prompts, sampling):
-            asked["sampling"] = sampling
+        def generate(self, prompts, sampling, lora_request=None):
+            asked.update(sampling=sampling, lora=lora_request)
+            adapter = None if lora_request is None else Path(lora_request[2])
+            self.engine = solve.TransformersEngine(solve.Tuned.of(asked["model"], adapter=adapter), 12, 4)
             found = self.engine.texts([prompt["prompt_token_ids"] for prompt in prompts])
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)]) for text in found]
 
-    module = types.ModuleType("vllm")
+    module, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
     module.LLM, module.SamplingParams = LLM, lambda **settings: settings
     module.__spec__ = types.SimpleNamespace(name="vllm")
-    monkeypatch.setitem(sys.modules, "vllm", module)
+    request.LoRARequest = lambda *arguments: arguments
+    for name, stand_in in {"vllm": module, "vllm.lora": types.ModuleType("x"), "vllm.lora.request": request}.items():
+        monkeypatch.setitem(sys.modules, name, stand_in)
+    return asked
+
+
+def test_vllm_is_given_the_merged_model_the_same_tokens_and_the_same_stop(command, base, run, tmp_path, asked):
     places = ["--model_name_or_path", str(base)]
     expected = texts(solve.main(command(run, *places, out="here.jsonl")))
     assert texts(solve.main(command(run, *places, "--engine", "vllm", out="there.jsonl"))) == expected
     assert asked["sampling"] == {"temperature": 0, "max_tokens": 12, "stop": ["### Instruction:"]}
     (merged,) = tmp_path.glob("merged-*")
-    assert asked["model"] == str(merged) and (merged / "model.safetensors").exists()
+    assert asked["model"] == str(merged) and (merged / "model.safetensors").exists() and "enable_lora" not in asked
+
+
+def test_vllm_is_given_the_adapter_as_lora(command, base, run, tmp_path, asked):
+    places = ["--model_name_or_path", str(base)]
+    expected = texts(solve.main(command(run, *places, out="here.jsonl")))
+    more = ["--engine", "vllm", "--as_lora"]
+    assert texts(solve.main(command(run, *places, *more, out="there.jsonl"))) == expected
+    (lora,) = tmp_path.glob("lora-*")
+    assert asked["model"] == str(base) and asked["lora"] == ("adapter", 1, str(lora)) and asked["max_lora_rank"] == 8
+    assert not list(tmp_path.glob("merged-*"))
+    # PEFT's own LoRA, which that folder is, is taken as it is.
+    given = command(base, "--adapter", str(lora), *more, out="again.jsonl")
+    assert texts(solve.main(given)) == expected and len(list(tmp_path.glob("lora-*"))) == 1
+    with pytest.raises(ValueError, match="comes with no adapter"):
+        solve.main(command(base, *more, out="none.jsonl"))
+    with pytest.raises(ValueError, match="not quantised"):
+        solve.main(command(run, *places, *more, "--bits", "4", out="none.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -185,6 +212,7 @@ def test_vllm_is_given_the_merged_model_the_same_tokens_and_the_same_stop(comman
         (["--adapter", "nonesuch"], "--adapter nonesuch"),
         (["--model_name_or_path", "x"], "goes with the folder of a run"),
         (["--bits", "3"], "--bits"),
+        (["--as_lora"], "--as_lora goes with --engine vllm"),
     ],
 )
 def test_wrong_input_is_named(more, message, command, base):

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     NoRepeatNGramLogitsProcessor,
     Trainer,
     TrainerCallback,
@@ -17,9 +18,11 @@ import causal_text
 import decode
 import generation
 import train
+from causal_text import prompts
 from e2e_data import Example, group, load_split
 from vblora.storage.files import read_json, read_tensors
 from vblora.training import causal
+from vblora.training.causal import load_tokenizer
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2"],
@@ -148,6 +151,26 @@ def test_an_interrupted_decoding_goes_on_to_the_same_texts(flags, models_by_kind
     monkeypatch.setattr(decode.Progress, "add", lambda self, texts: (seen.append(texts), original(self, texts)))
     assert decode.main(command).read_text() == whole
     assert len(seen) == 2 and not (tmp_path / "run" / "test.partial.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_prompts_read_once_give_the_texts_of_prompts_read_for_every_beam(kind, models_by_kind, monkeypatch):
+    tokenizer = load_tokenizer(str(models_by_kind[kind]))
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(models_by_kind[kind]).eval()
+    with torch.no_grad():  # further from uniform, so that rounding decides nothing
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    encoded = prompts(["name : The Eagle", "name : Zizzi | food : Italian | area : riverside", "x"], tokenizer)
+    decoding = generation.Decoding(beam=4, max_new_tokens=10)
+    read: list[int] = []
+    model.register_forward_pre_hook(lambda _, a, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True)
+    once = generation.generate(model, tokenizer, encoded, decoding)
+    tokens_once, read[:] = sum(read), []
+    monkeypatch.setattr(generation, "_read_once", lambda *_: None)
+    assert once == generation.generate(model, tokenizer, encoded, decoding)
+    width = max(map(len, encoded))
+    assert sum(read) - tokens_once == 3 * (width - 1) * (decoding.beam - 1)
 
 
 def test_four_grams_of_the_source_may_be_said():

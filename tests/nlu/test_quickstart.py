@@ -79,7 +79,6 @@ def test_a_folder_without_records_is_refused(tmp_path):
         table.read([tmp_path])
 
 
-def test_the_tables_in_the_readme_are_made_from_the_records():
-    root = Path(quickstart.ROOT)
-    text = (root / "README.md").read_text()
-    assert table.render(table.read([root / "results" / "cola_minilm"])) in text
+def test_the_longer_runs_table_is_made_from_the_records():
+    folder = Path(quickstart.ROOT) / "results" / "cola_minilm"
+    assert table.render(table.read([folder])) in (folder / "README.md").read_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +35,8 @@ def record(trial: Trial, best: float, last: float, parameters: int = 23_904) -> 
         "method": trial.method,
         "settings": hyperparameters.row(trial.row)
         | trial.overrides
-        | ({"start_from": "f" * 64} if trial.from_mnli else {}),
+        | ({"start_from": "f" * 64} if trial.from_mnli else {})
+        | ({"bank_from": "f" * 64} if trial.bank_of else {}),
         "scores": {"metric": metric, "best": {metric: best, "epoch": 3.0}, "last": {metric: last, "epoch": 5.0}},
         "stored_parameters": {"parameters": parameters, "bytes": 4 * parameters},
         "train_seconds": 600.0,
@@ -89,11 +89,22 @@ def test_the_mnli_start_is_planned_first_and_its_runs_wait_for_it(tmp_path):
     trials = GLUE.plan(options, {})
     assert {t.task: t.from_mnli for t in trials} == {"cola": False, "rte": True}
     rte = next(t for t in trials if t.task == "rte")
-    start = experiments.mnli_of(rte)
+    start = rte.start()
     assert start.row == "roberta_base/mnli/vblora_qv" and start.overrides == {"form": "full"}
     job = GLUE.job(rte, options, {})
     assert job.after == [start.name] and str(tmp_path / start.name / "best") in job.command
     assert not rte.is_of(record(Trial(rte.row), 0.8, 0.8)) and rte.is_of(record(rte, 0.8, 0.8))
+
+
+def test_a_further_task_waits_for_the_run_that_gives_its_bank(tmp_path):
+    options = campaign.parse(GLUE, ["shared_bank", "--sizes", "minilm", "--seeds", "3", "--runs", str(tmp_path)])
+    own, shared = GLUE.plan(options, {})
+    assert own.name == "minilm_mrpc_vblora_all_seed3" and shared.name == "minilm_mrpc_vblora_all_bank_of_cola_seed3"
+    job = GLUE.job(shared, options, {})
+    assert job.after == ["minilm_cola_vblora_all_seed3"]
+    assert job.command[-2:] == ["--bank_from", str(tmp_path / "minilm_cola_vblora_all_seed3" / "best")]
+    assert not own.is_of(record(shared, 0.8, 0.8)) and not shared.is_of(record(own, 0.8, 0.8))
+    assert shared.is_of(record(shared, 0.8, 0.8))
 
 
 CELL_SCORES = {0: (0.630, 0.610), 1: (0.640, 0.600), 2: (0.655, 0.605)}
@@ -306,24 +317,3 @@ def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(encoder, data
         reproduce.main([*command, *places, "--runs", str(tmp_path / "runs"), *small])
     out, progress = capsys.readouterr()
     assert "FAILED (exit code 2" in progress and "| RoBERTa-base | full fine-tuning |" in out
-
-
-def test_the_tables_in_the_documents_are_made_from_the_records():
-    """Each table between the markers of a document is what the command in its marker prints."""
-    root = Path(reproduce.ROOT)
-    for path in (root / "README.md", root / "docs" / "small_scale.md"):
-        if not path.exists():
-            continue
-        for part in path.read_text().split("<!-- made by: ")[1:]:
-            command, rest = part.split(" -->\n", 1)
-            shown = rest.split("\n<!-- end -->", 1)[0].strip()
-            assert shown == printed_by(command.split()), f"{path.name}: {command}"
-
-
-def printed_by(command: list[str]) -> str:
-    _, *arguments = command
-    options = campaign.parse(GLUE, arguments)
-    found = table.read([Path(reproduce.ROOT) / folder for folder in options.records])
-    return table.render_cells(
-        table.cells(GLUE.plan(options, {}), found, options.experiment), options.experiment, options.format
-    )

@@ -19,6 +19,7 @@ import hyperparameters
 import run_glue
 import vblora
 from vblora.storage.files import read_json, read_tensors
+from vblora.storage.shared_bank import read_bank
 from vblora.training import plans
 
 NLU = Path(run_glue.__file__).parent
@@ -330,6 +331,42 @@ def test_a_run_starts_from_another_tasks_adapter_with_a_head_of_its_own(method, 
     assert moved and not any("classifier" in name for name in moved)
     record = run_glue.main(flags(*second, out=tmp_path / "second"))
     assert len(record["settings"]["start_from"]) == 64 and "start_from" not in record["overrides"]
+
+
+def test_a_further_task_on_the_frozen_bank_of_another(flags, tmp_path):
+    first = run_glue.main(flags(*SIZES, out=tmp_path / "first"))
+    bank = read_bank(tmp_path / "first" / "last")
+    record = run_glue.main(
+        flags(*SIZES, "--seed", "1", "--bank_from", str(tmp_path / "first" / "last"), out=tmp_path / "second")
+    )
+    assert torch.equal(read_bank(tmp_path / "second" / "last"), bank)
+    alone, further = first["stored_parameters"], record["stored_parameters"]
+    assert alone["parameters"] - further["parameters"] == bank.numel()
+    assert alone["bytes"] - further["bytes"] == 4 * bank.numel()
+    assert len(record["settings"]["bank_from"]) == 64 and "bank_from" not in record["overrides"]
+    trainer = prepared(flags(*SIZES, "--bank_from", str(tmp_path / "first" / "last"), out=tmp_path / "third"))
+    assert not any("vector_bank" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "lora", "--rank", "2"], "--bank_from does nothing with --method lora"),
+        ([*SIZES, "--num_vectors", "5"], "num_vectors and vector_length must be the same"),
+    ],
+)
+def test_a_bank_that_does_not_serve_is_named(more, message, flags, tmp_path):
+    run_glue.main(flags(*SIZES, out=tmp_path / "first"))
+    with pytest.raises(ValueError, match=message):
+        run_glue.main(flags(*more, "--bank_from", str(tmp_path / "first" / "last"), out=tmp_path / "second"))
+
+
+def test_a_folder_without_a_bank_is_named(flags, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        run_glue.main(flags(*SIZES, "--bank_from", str(tmp_path)))
+    run_glue.main(flags("--method", "tied_lora", "--rank", "2", out=tmp_path / "first"))
+    with pytest.raises(ValueError, match="holds no vector bank"):
+        run_glue.main(flags(*SIZES, "--bank_from", str(tmp_path / "first" / "last")))
 
 
 def test_the_top_k_form_is_refused_as_a_start(flags, tmp_path):

@@ -60,7 +60,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     Trained by gradient: `vector_bank` (h, b) and `topk_logits` (N, k), the selected logits. The rest of the
     logits, in `logits` (N, h), has no gradient: `vblora.AdamW` moves it and selects again after each step.
-    `logits` is None for an adapter loaded from a top-k file, which can be used and merged, not trained.
+    `logits` is None for an adapter loaded from a top-k file, which can be used and merged, and trained only after
+    `redraw_logits`.
     """
 
     groups: ClassVar[dict[str, str]] = {"vector_bank": "vector_bank", "topk_logits": "logits"}
@@ -140,11 +141,36 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
         self.select(self.dense_logits())
 
+    @torch.no_grad()
+    def redraw_logits(self, seed: int) -> None:
+        """Make an adapter from a top-k file trainable: draw the logits it lacks, as `attach` draws them from `seed`.
+
+        The selected ones are log w + c. Softmax leaves c free, row by row: it is chosen so that the smallest
+        selected logit has the value of the k-th largest drawn one, which it had when training began. So the others
+        keep the values they started with, which they have moved from only if they were ever selected. The few (at
+        most k) that would not be below the selected ones, because they were selected once and are no longer, are
+        mirrored to as far below the smallest. A weight under 2^-24, the last bit of a sum of 1 in float32, counts as
+        that: its logarithm must be finite to be trained.
+        """
+        c = self.config
+        drawn = torch.empty(self.layout.rows, c.num_vectors)  # (N, h), float32 on the CPU as when training began
+        self.draw_into(torch.empty(c.num_vectors, c.vector_length), drawn, c, seed)
+        indices = self.topk_indices.cpu()
+        logs = self.topk_logits.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
+        smallest = drawn.topk(c.topk, dim=-1).values[:, -1:]  # (N, 1)
+        selected = logs - logs.min(dim=-1, keepdim=True).values + smallest
+        below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
+        drawn = torch.where(drawn < smallest, drawn, below).scatter(1, indices, selected)
+        # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
+        self.logits = drawn.to(self.vector_bank)
+        self.topk_logits.copy_(selected)
+
     def _require_logits(self) -> Tensor:
         if self.logits is None:
             raise ValueError(
                 "this adapter came from a top-k file, which holds the selected logits only: to train on, load "
-                'the full form (adapter.save(directory, form="full"))'
+                'the full form (adapter.save(directory, form="full")), or have the others drawn again '
+                "(vblora.load(model, directory, trainable=True))"
             )
         return self.logits
 
@@ -201,9 +227,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
             self.logits = torch.empty_like(tensors["logits"], dtype=self.vector_bank.dtype, device=device)
             self.select(tensors["logits"])
             return
-        first = tensors["topk_weights"].float().clamp(min=0)  # (N, k - 1)
-        last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
-        self.topk_logits.copy_(torch.cat([first, last], dim=1).log())
+        self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))
         self.topk_indices.copy_(tensors["topk_indices"])
         self.logits = None
 
@@ -211,8 +235,21 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 def topk_tensors(bank: Tensor, indices: Tensor, selected: Tensor) -> dict[str, Tensor]:
     """The tensors of a top-k file, from the bank (h, b) and the selected logits (N, k) with their indices."""
     # In float32 whatever the adapter's precision: PEFT reads the weights in no other.
-    weights = selected.float().softmax(dim=-1)[:, :-1]  # (N, k - 1)
-    # The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
-    above = weights.sum(dim=-1, keepdim=True) > 1
-    weights = torch.where(above, weights * (1 - 4 * torch.finfo(torch.float32).eps), weights)
+    weights = at_most_one(selected.float().softmax(dim=-1)[:, :-1])  # (N, k - 1)
     return {"vector_bank": bank, "topk_indices": indices, "topk_weights": weights}
+
+
+def at_most_one(weights: Tensor) -> Tensor:
+    """The first k - 1 of k weights in float32 (N, k - 1), lowered by some bits where rounding took their sum above 1.
+
+    The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
+    """
+    above = weights.sum(dim=-1, keepdim=True) > 1
+    return torch.where(above, weights * (1 - 4 * torch.finfo(torch.float32).eps), weights)
+
+
+def selected_logits(weights: Tensor) -> Tensor:
+    """The k logits (N, k), logarithms of the weights, that the first k - 1 weights of a top-k file stand for."""
+    first = weights.float().clamp(min=0)  # (N, k - 1)
+    last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
+    return torch.cat([first, last], dim=1).log()

@@ -7,14 +7,15 @@ wherever that format can hold it; everything else in a format of our own of the 
     adapter_model.safetensors   the method's tensors by their names, and "head.<parameter>" for heads
 
 Two forms: "topk" (indices and weights of the selection: what one keeps) and "full" (all logits: what one needs
-to go on training). The other methods have one form.
+to go on training exactly). The other methods have one form. A packed file (vblora.storage.packed) holds the top-k form
+in one small file, and is read wherever a directory is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from vblora.adapter import Adapter, TensorSpec, install
 from vblora.config import AdapterConfig
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import VBLoRAConfig
+from vblora.methods.vb_lora import VBLoRA, VBLoRAConfig
 from vblora.storage import peft_format
 from vblora.storage.files import (
     describe_dtype,
@@ -33,6 +34,9 @@ from vblora.storage.files import (
     write_tensors,
 )
 from vblora.targets import find_saved, find_targets, is_conv1d, layer_shapes
+
+if TYPE_CHECKING:
+    from vblora.storage.packed import Packed
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -56,82 +60,131 @@ def save(adapter: Adapter, directory: str | Path, *, form: str = "topk", format:
     """
     if form not in FORMS or format not in FORMATS:
         raise ValueError(f"form is one of {FORMS} and format one of {FORMATS}, not {form!r} and {format!r}")
-    config, shapes = adapter.kept_config(form), adapter.shapes
+    model, _ = adapter._require_home()
     native = adapter.tensors(form)
+    conv1d = any(is_conv1d(module) for module in adapter.targets.values())
+    base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    files = to_files(
+        adapter.kept_config(form), adapter.shapes, native, head_tensors(adapter.saved), conv1d, base_name, format
+    )
+    write_files(directory, *files, adapter.init_seed)
+
+
+def to_files(
+    config: AdapterConfig,
+    shapes: Sequence[LayerShape],
+    native: dict[str, Tensor],
+    heads: dict[str, Tensor],
+    conv1d: bool,
+    base_name: str | None,
+    format: str,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files of a directory hold: the settings, and the tensors by their names there."""
     if "topk_indices" in native:
         assert isinstance(config, VBLoRAConfig)
-        native["topk_indices"] = native["topk_indices"].to(smallest_index_dtype(config.num_vectors))
-    metadata = {} if adapter.init_seed is None else {"init_seed": str(adapter.init_seed)}
-    model, _ = adapter._require_home()
+        native = {**native, "topk_indices": native["topk_indices"].to(smallest_index_dtype(config.num_vectors))}
     if _use_peft(config, shapes, format):
         assert isinstance(config, VBLoRAConfig)
-        conv1d = any(is_conv1d(module) for module in adapter.targets.values())
-        base_name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-        settings = peft_format.to_peft_config(config, shapes, form, conv1d, base_name)
+        settings = peft_format.to_peft_config(config, shapes, form_of(native), conv1d, base_name)
         tensors = peft_format.to_peft(native, config, shapes)
         head_prefix = peft_format.PREFIX
     else:
         settings = {METHOD_KEY: config.method, **config.to_dict()}
         tensors = dict(native)
         head_prefix = HEAD_PREFIX
-    tensors |= {head_prefix + name: t for name, t in _head_tensors(adapter.saved).items()}
-    directory = Path(directory)
-    write_tensors(directory / TENSOR_FILE, tensors, metadata)
-    write_json(directory / CONFIG_FILE, settings)
+    return settings, tensors | {head_prefix + name: t for name, t in heads.items()}
 
 
-def load(model: nn.Module, directory: str | Path, *, name: str | None = None) -> Adapter:
-    """Attach to `model` the adapter in a directory, in any form that this project or PEFT's VBLoRA writes.
+def write_files(
+    directory: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor], init_seed: int | None
+) -> None:
+    metadata = {} if init_seed is None else {"init_seed": str(init_seed)}
+    write_tensors(Path(directory) / TENSOR_FILE, tensors, metadata)
+    write_json(Path(directory) / CONFIG_FILE, settings)
+
+
+def load(model: nn.Module, directory: str | Path, *, name: str | None = None, trainable: bool = False) -> Adapter:
+    """Attach to `model` the adapter in a directory or a packed file, in any form that this project or PEFT's VBLoRA
+    writes.
 
     Everything is checked before the model is touched.
 
     Args:
         model: the base model the adapter was trained on.
-        directory: what `save`, or PEFT's `save_pretrained`, wrote.
+        directory: what `save`, or PEFT's `save_pretrained`, wrote; or a packed file.
         name: attribute of the model that will hold the adapter; as in `attach`.
+        trainable: have VB-LoRA's logits that a top-k form lacks drawn again, so that it can be trained on: see
+            `VBLoRA.redraw_logits`. The seed is the recorded one, or 0 where there is none (PEFT's files).
 
     Raises:
         ValueError: the files are damaged, hold something else, or do not fit the model; the message names
             what is wrong. The model is as it was.
     """
-    config, is_peft = read_config(Path(directory))
-    targets, saved = find_targets(model, config), find_saved(model, config)
-    shapes = layer_shapes(targets, config)
-    content = _read_content(Path(directory), config, is_peft, shapes, saved)
+    path = Path(directory)
+    if path.is_file():
+        from vblora.storage import fitting, packed  # they build on this module
+
+        content = packed.read(path)
+        config, saved = content.config, find_saved(model, content.config)
+        targets = fitting.find_layers(model, content, path)
+        read = _read_packed(content, path, layer_shapes(targets, config), saved)
+    else:
+        config, is_peft = read_config(path)
+        targets, saved = find_targets(model, config), find_saved(model, config)
+        read = _read_content(path, config, is_peft, layer_shapes(targets, config), saved)
     with torch.inference_mode(False):
         adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
-    _take_over(adapter, content)
+    _take_over(adapter, read, redraw=trainable)
     return adapter
 
 
-def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True) -> None:
-    """Put the values in a directory into an adapter that is attached already, as when training is resumed.
+def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redraw: bool = False) -> None:
+    """Put the values in a directory, or a packed file, into an adapter that is attached already, as when training is
+    resumed.
 
-    Without `heads` the `modules_to_save` stay as they are, as when another task starts from this adapter.
+    Without `heads` the `modules_to_save` stay as they are, as when another task starts from this adapter. VB-LoRA's
+    top-k form lacks most logits: with `redraw` they are drawn again, as in `load(..., trainable=True)`.
 
     Raises:
-        ValueError: as in `load`, or the settings differ. The adapter is as it was.
+        ValueError: as in `load`, or the settings differ, or it is the top-k form. The adapter is as it was.
     """
-    config, is_peft = read_config(Path(directory))
+    path = Path(directory)
+    saved = adapter.saved if heads else None
+    if path.is_file():
+        from vblora.storage import packed
+
+        content = packed.read(path)
+        _require_settings(adapter, content.config, path, {shape.name for shape in content.shapes})
+        read = _read_packed(content, path, adapter.shapes, saved)
+    else:
+        config, is_peft = read_config(path)
+        model, _ = adapter._require_home()
+        _require_settings(adapter, config, path, set(find_targets(model, config)))
+        read = _read_content(path, config, is_peft, adapter.shapes, saved)
+    if isinstance(adapter.config, VBLoRAConfig) and form_of(read.native) != "full" and not redraw:
+        raise ValueError(
+            f'{path} holds the top-k form; to train on it must be the full one (form="full"), '
+            "or its missing logits drawn again (redraw=True)"
+        )
+    _take_over(adapter, read, redraw)
+
+
+def _require_settings(adapter: Adapter, config: AdapterConfig, path: Path, names: set[str]) -> None:
+    """Refuse a file of other settings than the adapter's; its layers may be named in another way."""
     ours, theirs = adapter.config.to_dict(), config.to_dict()
-    model, _ = adapter._require_home()
-    if list(find_targets(model, config)) == list(adapter.targets):  # however they are named
+    if names == set(adapter.targets):
         theirs["target_modules"] = ours["target_modules"]
     if type(config) is not type(adapter.config) or ours != theirs:
         changed = [key for key in ours if ours[key] != theirs.get(key)]
-        raise ValueError(f"{directory} has other settings than this run: {', '.join(changed) or config.method}")
-    content = _read_content(Path(directory), config, is_peft, adapter.shapes, adapter.saved if heads else None)
-    if isinstance(adapter.config, VBLoRAConfig) and form_of(content.native) != "full":
-        raise ValueError(f'{directory} holds the top-k form; to train on it must be the full one (form="full")')
-    _take_over(adapter, content)
+        raise ValueError(f"{path} has other settings than this run: {', '.join(changed) or config.method}")
 
 
 class _Content(NamedTuple):
-    """A file's tensors under our names, its heads, and its metadata; all of it checked."""
+    """A file's tensors under our names, its heads, and the seed of its initial values; all of it checked."""
 
     native: dict[str, Tensor]
     heads: dict[str, Tensor]
-    metadata: dict[str, str]
+    init_seed: int | None
 
 
 def _read_content(
@@ -155,21 +208,42 @@ def _read_content(
         if saved is None:
             heads = {}
         else:
-            _check_heads(heads, _head_tensors(saved))
+            check_heads(heads, head_tensors(saved))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _Content(native, heads, metadata)
+    return _Content(native, heads, _seed_of(metadata))
 
 
-def _take_over(adapter: Adapter, content: _Content) -> None:
+def _seed_of(metadata: dict[str, str]) -> int | None:
+    seed = metadata.get("init_seed", "")
+    return int(seed) if seed.isdecimal() else None
+
+
+def _read_packed(
+    content: Packed, path: Path, shapes: Sequence[LayerShape], saved: dict[str, nn.Module] | None
+) -> _Content:
+    """A packed file's content in the order of these layers; its own tensors are checked already."""
+    from vblora.storage import fitting
+
+    try:
+        native = fitting.in_order_of(content, shapes)
+        if saved is not None:
+            check_heads(content.heads, head_tensors(saved))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return _Content(native, {} if saved is None else content.heads, content.init_seed)
+
+
+def _take_over(adapter: Adapter, content: _Content, redraw: bool) -> None:
     with torch.inference_mode(False):
         adapter.load_tensors(content.native)
-    own = _head_tensors(adapter.saved)
+        if redraw and isinstance(adapter, VBLoRA) and adapter.logits is None:
+            adapter.redraw_logits(content.init_seed or 0)
+    own = head_tensors(adapter.saved)
     with torch.no_grad():
         for key, tensor in content.heads.items():
             own[key].copy_(tensor)
-    seed = content.metadata.get("init_seed", "")
-    adapter.init_seed = int(seed) if seed.isdecimal() else None
+    adapter.init_seed = content.init_seed
 
 
 def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
@@ -261,12 +335,17 @@ def _use_peft(config: AdapterConfig, shapes: Sequence[LayerShape], format: str) 
     return format != "native" and reason is None
 
 
-def _head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:
+def head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the modules trained in full, by their names in the model."""
     return {f"{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}
 
 
-def _check_heads(heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+def check_heads(heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """Check the names, shapes and numbers of a file's heads against those of the model (see `head_tensors`).
+
+    Raises:
+        ValueError: naming what is missing, unknown or wrong.
+    """
     if missing := [key for key in wanted if key not in heads]:
         raise ValueError(f"the model's {', '.join(missing)} are not in the file (modules_to_save)")
     if unknown := [key for key in heads if key not in wanted]:

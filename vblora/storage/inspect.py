@@ -1,4 +1,4 @@
-"""What an adapter directory holds, read from its files alone: `vblora inspect DIR`."""
+"""What an adapter directory or a packed file holds, read from its files alone: `vblora inspect DIR`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from vblora.methods.vb_lora import VBLoRAConfig
-from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, read_config
+from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, packed, read_config
 from vblora.storage.files import describe_dtype, read_tensors
 from vblora.storage.peft_format import BANK, PREFIX
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """The content of an adapter directory as plain values.
+    """The content of an adapter directory, or of a packed file, as plain values.
 
     Keys: method, format, form, settings, parts (what kinds of tensor: how many, numbers, bytes, types),
     adapter_bytes, head_parameters, head_bytes, file_bytes, init_seed; for VB-LoRA also sub_vectors and selection
-    (vectors of the bank in use, and the share of the most used one).
+    (vectors of the bank in use, and the share of the most used one); for a packed file also base_model, layers and
+    fingerprint. A packed file's parts have the bytes that are stored, and for their types how they are stored.
 
     Raises:
         ValueError: no adapter is there, or its files are damaged.
     """
     directory = Path(directory)
+    if directory.is_file():
+        return _describe_packed(directory)
     config, is_peft = read_config(directory)
     tensors, metadata = read_tensors(directory / TENSOR_FILE)
     parts: dict[str, dict[str, Any]] = {}
@@ -56,10 +59,44 @@ def describe(directory: str | Path) -> dict[str, Any]:
     return result
 
 
+def _describe_packed(file: Path) -> dict[str, Any]:
+    content = packed.read(file)
+    parts: dict[str, dict[str, Any]] = {}
+    heads = {HEAD_PREFIX + name: tensor for name, tensor in content.heads.items()}
+    for name, tensor in (content.tensors | heads).items():
+        how, size = content.stored.get(name, ("", 0))  # for k = 1 no weights are stored
+        empty: dict[str, Any] = {"tensors": 0, "numbers": 0, "bytes": 0, "types": []}
+        part = parts.setdefault(_part_of(name, is_peft=False), empty)
+        part["tensors"] += 1
+        part["numbers"] += tensor.numel()
+        part["bytes"] += size
+        if how and how not in part["types"]:
+            part["types"].append(how)
+    head = parts.get("head", {"numbers": 0, "bytes": 0})
+    result = {
+        "method": content.config.method,
+        "format": "vblora packed",
+        "form": "topk",
+        "settings": content.config.to_dict(),
+        "parts": parts,
+        "adapter_bytes": sum(part["bytes"] for part in parts.values()) - head["bytes"],
+        "head_parameters": head["numbers"],
+        "head_bytes": head["bytes"],
+        "file_bytes": file.stat().st_size,
+        "init_seed": content.init_seed,
+        "base_model": content.base_model,
+        "layers": len(content.shapes),
+        "fingerprint": content.fingerprint,
+    }
+    if type(content.config) is VBLoRAConfig:
+        result |= _selection(content.tensors, content.config)
+    return result
+
+
 def render(content: dict[str, Any]) -> str:
     """The same for reading."""
     settings = content["settings"]
-    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+    shown = ", ".join(f"{key} {_short(value)}" for key, value in settings.items() if value is not None)
     lines = [
         f"{content['method']}, {content['format']}, {content['form']} form",
         f"settings      {shown}",
@@ -78,6 +115,9 @@ def render(content: dict[str, Any]) -> str:
             f"bank          {selection['vectors_used']} of {settings['num_vectors']} vectors in use; the most used "
             f"one carries {selection['largest_share']:.1%} of all weight"
         )
+    if "fingerprint" in content:
+        lines.append(f"layers        {content['layers']} of {content['base_model'] or 'a model that is not named'}")
+        lines.append(f"fingerprint   {content['fingerprint']}")
     if content["init_seed"] is not None:
         lines.append(f"seed          {content['init_seed']} (of the initial values)")
     return "\n".join(lines)
@@ -141,6 +181,11 @@ def _part_of(name: str, is_peft: bool) -> str:
     if "vblora_logits" in name:
         return "logits"
     return "head" if name.startswith(PREFIX) else name
+
+
+def _short(value: Any) -> Any:
+    """A setting for reading: of a long list, its first entry and how many there are."""
+    return f"[{value[0]!r} and {len(value) - 1} more]" if isinstance(value, list) and len(value) > 8 else value
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -45,7 +45,7 @@ class InstructArguments:
 
     model_name_or_path: str = field(metadata={"help": "a causal model: a name on the hub or a local folder"})
     data: str = field(metadata={"help": "a data set: a name on the hub, or a local .json or .jsonl file"})
-    form: str = field(metadata={"help": f"of its rows: {' or '.join(FORMS)}"})
+    form: str = field(metadata={"help": f"of its rows: {', '.join(FORMS)}"})
     split: str = field(default="train", metadata={"help": "train, train[:100000], train[10%%:20%%], ..."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "train on this many rows only, drawn by the seed"}
@@ -64,7 +64,7 @@ class InstructArguments:
     )
     source_max_length: int | None = field(default=None, metadata={"help": "tokens of a prompt (alpaca); 512"})
     target_max_length: int | None = field(default=None, metadata={"help": "tokens of a response (alpaca); 512"})
-    max_length: int | None = field(default=None, metadata={"help": "tokens of a whole row (metamath); 512"})
+    max_length: int | None = field(default=None, metadata={"help": "tokens of a whole row (metamath, gsm8k); 512"})
     pack_length: int | None = field(
         default=None, metadata={"help": "pack rows into ones of up to this many tokens, which do not see each other"}
     )

@@ -1,6 +1,6 @@
 """Instructions and responses: reading them, the two prompt forms, tokens and labels.
 
-Used by instruction_tuning/ (Alpaca) and math_instruction_tuning/ (MetaMathQA).
+Used by instruction_tuning/ (Alpaca) and math_instruction_tuning/ (MetaMathQA, GSM8K).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,7 @@ class Form:
         instruction, input, response: the columns; `input` may be missing or empty in a row.
         end: what stands between the prompt's last mark and the response.
         together: prompt and response are tokenized as one text (MetaMath's code), not apart (QLoRA's).
+        rewrite: what is made of a response; ValueError for one that it cannot be made of.
     """
 
     instruction: str
@@ -49,6 +50,7 @@ class Form:
     input: str | None = None
     end: str = ""
     together: bool = False
+    rewrite: Callable[[str], str] = str
 
     def row(self, fields: dict[str, Any]) -> Row:
         """The row of these fields.
@@ -65,14 +67,24 @@ class Form:
         # Braces in a text are no fields: only the template is formatted.
         template = WITH_INPUT if more else WITHOUT_INPUT
         prompt = template.format(instruction=fields[self.instruction], input=more)
-        return Row(prompt + self.end, fields[self.response])
+        return Row(prompt + self.end, self.rewrite(fields[self.response]))
+
+
+def as_metamath(answer: str) -> str:
+    """GSM8K's worked answer as MetaMathQA has it: without the calculator's marks, ending in "The answer is: N"."""
+    worked, mark, number = re.sub(r"<<[^<>]*>>", "", answer).rpartition("#### ")
+    if not mark or not number.strip():
+        raise ValueError('the answer does not end with "#### " and a number')
+    return f"{worked}#### {number.strip()}\nThe answer is: {number.strip()}"
 
 
 FORMS = {
     # The prompts of Stanford's Alpaca, with the space at the end that QLoRA's code has.
     "alpaca": Form("instruction", "output", input="input", end=" "),
     "metamath": Form("query", "response", together=True),
+    "gsm8k": Form("question", "answer", together=True, rewrite=as_metamath),
 }
+CONFIGURATIONS = {"openai/gsm8k": "main"}  # of sets on the hub that have several
 
 
 def load_rows(source: str, form: str, split: str = "train") -> list[Row]:
@@ -148,7 +160,9 @@ def _slice(split: str, count: int) -> slice:
 def _from_hub(name: str, split: str) -> list[tuple[int, dict[str, Any]]]:
     import datasets
 
-    loaded = commands.from_hub(lambda: datasets.load_dataset(name, split=split), name, "--data FILE.json")
+    loaded = commands.from_hub(
+        lambda: datasets.load_dataset(name, CONFIGURATIONS.get(name), split=split), name, "--data FILE.json"
+    )
     return list(enumerate(loaded, 1))
 
 

@@ -37,7 +37,7 @@ FREE_TO_CHANGE = {
 
 # What beside them makes no other experiment of a run: the record has it in its own place.
 NEUTRAL = FREE_TO_CHANGE | {
-    *("row", "seed", "model_name_or_path", "start_from", "data", "bench_dir", "gsm8k", "math", "judge"),
+    *("row", "seed", "model_name_or_path", "start_from", "bank_from", "data", "bench_dir", "gsm8k", "math", "judge"),
     *("decode_batch_size", "solve_batch_size", "judge_workers", "device_map"),
 }
 SELECTIONS_FILE = "selections.safetensors"
@@ -171,9 +171,9 @@ def finish(directory: Path, record: dict[str, Any]) -> None:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 over a model folder's configuration and weights."""
+    """SHA-256 over a folder's configuration and weights, or over a packed adapter's file."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
         if path.suffix in (".json", ".safetensors", ".bin", ".gguf"):
             digest.update(path.name.encode())
             with path.open("rb") as file:

@@ -1,12 +1,14 @@
-"""Batches of rows of like length, so that little is computed on padding."""
+"""Which rows: batches of like length, so that little is computed on padding; and a part of a set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
 
+T = TypeVar("T")
 POOL = 50  # batches that are sorted by length together: more pad less, fewer mix better
 
 
@@ -62,3 +64,10 @@ class LongestFirstSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order)
+
+
+def spaced(items: Sequence[T], count: int | None) -> list[T]:
+    """That many of the items, evenly spaced, as like ones stand beside each other in a set; all without a count."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[number * len(items) // count] for number in range(count)]

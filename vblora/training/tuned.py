@@ -21,7 +21,7 @@ class Tuned:
     Attributes:
         base: the base model's name or folder, also of the tokenizer.
         weights: the base's, or the folder of fully fine-tuned ones.
-        adapter: folder of an adapter, this project's or PEFT's.
+        adapter: folder of an adapter, this project's or PEFT's, or a packed file.
         bits, dtype: as `causal.load_model` takes them.
         plan: what the run was made with; None where it is no run.
     """
@@ -48,7 +48,7 @@ class Tuned:
         Args:
             model: the output folder of a training, which stands for its base model with its adapter; or a model's
                 name on the hub, or its folder.
-            adapter: the adapter's folder, where `model` is no run.
+            adapter: the adapter's folder or packed file, where `model` is no run.
             base: a run's base model, where it is not the one that the run names.
             bits, dtype: other than the run's.
 
@@ -60,7 +60,7 @@ class Tuned:
             return cls._of_run(run, adapter, base, bits, dtype)
         if base:
             raise ValueError(f"--model_name_or_path goes with the folder of a run, and {run} is none")
-        if adapter and not (adapter / CONFIG_FILE).is_file():
+        if adapter and not adapter.is_file() and not (adapter / CONFIG_FILE).is_file():
             raise ValueError(f"--adapter {adapter}: there is no {CONFIG_FILE} in it")
         return cls(model, model, adapter, bits or 16, dtype or "auto")
 
@@ -91,7 +91,7 @@ class Tuned:
         prints = {
             f"{name}_fingerprint": records.folder_fingerprint(folder)
             for name, folder in folders.items()
-            if folder is not None and folder.is_dir()
+            if folder is not None and folder.exists()
         }
         return {"model": plans.model_name(self.base), **prints, "bits": self.bits, "dtype": self.dtype}
 
@@ -110,9 +110,9 @@ class Tuned:
 
 
 def with_adapter(model: Any, folder: Path, merge: bool) -> Any:
-    """The model with the adapter of this folder; a method of PEFT's wraps it unless it is merged."""
-    config = read_json(folder / CONFIG_FILE)
-    if METHOD_KEY in config or config.get("peft_type") == "VBLORA":
+    """The model with the adapter of this folder or packed file; a method of PEFT's wraps it unless it is merged."""
+    config = {} if folder.is_file() else read_json(folder / CONFIG_FILE)
+    if folder.is_file() or METHOD_KEY in config or config.get("peft_type") == "VBLORA":
         adapter = vblora.load(model, folder)
         if merge:
             adapter.merge(reversible=False)

@@ -1,0 +1,177 @@
+"""What each setting of the packed form costs and loses: bytes, errors of the factors, and a trained run's score.
+
+    python benchmarks/packed.py [RUN_OR_ADAPTER ...] [--glue_dir DIR] [--record results/packed.json]
+
+RUN is the output folder of NLU/run_glue.py (its best/ is taken) and is scored on the development set; one that was
+trained on another's bank (--bank_from) is packed without it. An adapter's folder or packed file by itself is not
+scored. Without any, the adapter is RoBERTa-base's query and value (r 4, h 90, b 256) with weights drawn at random:
+bytes and errors of such are those of trained ones to some percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "NLU"))
+
+import run_glue  # noqa: E402
+import vblora  # noqa: E402
+from encoders import find_model  # noqa: E402
+from glue_data import load_task, tokenize  # noqa: E402
+from glue_tasks import compute_metrics, get_task  # noqa: E402
+from vblora.counting import LayerShape, sub_vectors  # noqa: E402
+from vblora.methods import VBLoRAConfig  # noqa: E402
+from vblora.methods.vb_lora import at_most_one  # noqa: E402
+from vblora.storage import packed, packing  # noqa: E402
+from vblora.storage.files import read_json, write_json  # noqa: E402
+from vblora.training import commands, records  # noqa: E402
+
+# bank, weights, heads
+SETTINGS: list[tuple[str, str | int, str]] = [
+    ("lossless", "lossless", "lossless"),
+    ("float32", 16, "float32"),
+    ("float16", 16, "float16"),
+    ("bfloat16", 16, "bfloat16"),
+    ("int8", 16, "float16"),
+    ("int8", 8, "float16"),
+    ("int8", 8, "int8"),
+]
+SHARED: list[tuple[str, str | int, str]] = [("shared", 16, "float16"), ("shared", 8, "float16")]
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapters", nargs="*", metavar="RUN_OR_ADAPTER")
+    parser.add_argument("--data_dir", help="the task's files, for all runs; the hub unless given")
+    parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders, for runs of several tasks")
+    parser.add_argument("--model_name_or_path", help="the runs' base model; as in training unless given")
+    parser.add_argument("--model", help="the base model, where an adapter's folder names no layers (as vblora pack)")
+    parser.add_argument("--record", type=Path, help="write the figures to this file too")
+    options = parser.parse_args(arguments)
+    results = {}
+    for name in options.adapters:
+        print(f"\n{name}\n")
+        key = Path(name).resolve().name
+        results[key] = measure(*open_adapter(Path(name), options))
+        print(render(results[key]))
+    if not options.adapters:
+        results["RoBERTa-base, query and value, random"] = measure(roberta_like(), None, None)
+        print(render(results["RoBERTa-base, query and value, random"]))
+    if options.record:
+        write_json(options.record, {"benchmark": "packed", "adapters": results, **records.environment()})
+
+
+def open_adapter(path: Path, options: argparse.Namespace) -> tuple[packed.Packed, Any, float | None]:
+    """The adapter; a function from a packed file to its score, where there is one; and the run's own best score."""
+    if not (path / records.PLAN_FILE).exists():
+        return packing.read_directory(path, options.model), None, None
+    scorer = Scorer(read_json(path / records.PLAN_FILE), options)
+    scores = read_json(path / records.RECORD_FILE)["scores"]
+    content = packing.read_directory(path / "best", scorer.model())
+    return content, scorer, scores["best"][scores["metric"]]
+
+
+class Scorer:
+    """The score on the development set of a run's model with a packed adapter."""
+
+    def __init__(self, plan: dict[str, Any], options: argparse.Namespace) -> None:
+        self.task = get_task(plan["task"])
+        self.has_shared_bank = "bank_from" in plan
+        self.name = find_model(options.model_name_or_path or plan["model_name_or_path"])
+        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+        length = plan.get("max_length", run_glue.GlueArguments.__dataclass_fields__["max_length"].default)
+        place = options.glue_dir / self.task.folder if options.glue_dir else options.data_dir
+        data = load_task(self.task.name, place, need_train=False)
+        self.rows = tokenize(data["validation"], self.tokenizer, length)
+
+    def model(self) -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=self.task.num_labels)
+
+    @torch.no_grad()
+    def __call__(self, file: Path) -> float:
+        model = self.model()
+        vblora.load(model, file)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        collate, outputs, labels = DataCollatorWithPadding(self.tokenizer), [], []
+        for at in range(0, len(self.rows), 64):
+            rows = [self.rows[row] for row in range(at, min(at + 64, len(self.rows)))]
+            batch = collate(rows).to(model.device)
+            labels.append(batch.pop("labels").cpu())
+            outputs.append(model(**batch).logits.float().cpu())
+        logits = torch.cat(outputs)
+        guesses = logits.squeeze(-1) if self.task.is_regression else logits.argmax(-1)
+        return float(compute_metrics(self.task.name, guesses.numpy(), torch.cat(labels).numpy())[self.task.metric])
+
+
+def measure(content: packed.Packed, score: Any, trained: float | None) -> dict[str, Any]:
+    """Each setting's bytes, with the heads and without, its largest error, and its score."""
+    alone = dataclasses.replace(content, heads={})
+    result: dict[str, Any] = {"peft_bytes": _peft_bytes(content), "peft_bytes_without_heads": _peft_bytes(alone)}
+    result |= {"task": score.task.name if score else None, "trained_score": trained, "rows": []}
+    for bank, weights, heads in SHARED if score and score.has_shared_bank else SETTINGS:
+        if bank == "int8" and (content.config.method != "vblora" or (heads == "int8" and not content.heads)):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "a.vblora.safetensors"
+            size = packed.write(content, file, bank=bank, weights=weights, heads=heads)
+            loss = packing.compare(content, packed.read(file))
+            row: dict[str, Any] = {"bank": bank, "weights": weights, "heads": heads, "bytes": size}
+            row["bytes_without_heads"] = len(packed.dumps(alone, bank=bank, weights=weights))
+            row |= loss._asdict() if loss else {}
+            row["score"] = score(file) if score else None
+            result["rows"].append(row)
+    return result
+
+
+def _peft_bytes(content: packed.Packed) -> int:
+    """Bytes of the tensors' file of the top-k form, PEFT's where that can hold the adapter."""
+    with tempfile.TemporaryDirectory() as folder:
+        packed.write(content, Path(folder) / "a")
+        packing.unpack(Path(folder) / "a", Path(folder) / "b")
+        return (Path(folder) / "b" / "adapter_model.safetensors").stat().st_size
+
+
+def roberta_like() -> packed.Packed:
+    names = [f"roberta.encoder.layer.{i}.attention.self.{p}" for i in range(12) for p in ("query", "value")]
+    shapes = [LayerShape(name, 768, 768) for name in names]
+    config = VBLoRAConfig(r=4, num_vectors=90, vector_length=256, topk=2, target_modules=["query", "value"])
+    generator = torch.Generator().manual_seed(0)
+    values, indices = torch.randn(sub_vectors(shapes, 4, 256), 90, generator=generator).topk(2)
+    bank = 0.02 * torch.randn(90, 256, generator=generator)
+    tensors = {"vector_bank": bank, "topk_indices": indices, "topk_weights": at_most_one(values.softmax(-1)[:, :1])}
+    return packed.Packed(config, shapes, tensors, base_model="roberta-base", init_seed=0)
+
+
+def render(result: dict[str, Any]) -> str:
+    whole, alone = result["peft_bytes"], result["peft_bytes_without_heads"]
+    scored = result["rows"][0]["score"] is not None
+    lines = [
+        f"The top-k form's file: {whole:,} bytes, {alone:,} without heads.\n",
+        "| bank | weights | heads | bytes | of the top-k file | without heads | of the top-k file | largest error |"
+        + (" score | change |" if scored else ""),
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |" + (" ---: | ---: |" if scored else ""),
+    ]
+    for row in result["rows"]:
+        error = f"{row['largest_error']:.2g}" if "largest_error" in row else ""
+        cells = [row["bank"], str(row["weights"]), row["heads"] if whole != alone else ""]
+        cells += [f"{row['bytes']:,}", f"{row['bytes'] / whole:.1%}"]
+        cells += [f"{row['bytes_without_heads']:,}", f"{row['bytes_without_heads'] / alone:.1%}", error]
+        if scored:
+            cells += [f"{100 * row['score']:.2f}", f"{100 * (row['score'] - result['rows'][0]['score']):+.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    if result["trained_score"] is not None:
+        lines.append(f"\nScores are in percent; the run's record has {100 * result['trained_score']:.2f} for best/.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    commands.run(main, "packed")

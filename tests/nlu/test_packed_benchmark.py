@@ -1,0 +1,71 @@
+"""benchmarks/packed.py: on a trained run, on adapters by themselves, and on nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import run_glue
+import sizes
+from vblora.storage.files import read_json
+from vblora.storage.packing import pack_directory
+
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "packed.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_packed", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_an_adapter_it_measures_robertas_shape(benchmark, tmp_path, capsys):
+    benchmark.main(["--record", str(tmp_path / "record.json")])
+    (result,) = read_json(tmp_path / "record.json")["adapters"].values()
+    share = {(row["bank"], row["weights"]): row["bytes"] / result["peft_bytes"] for row in result["rows"]}
+    assert share["lossless", "lossless"] < 0.9 and share["int8", 8] < 0.3
+    assert "| lossless | lossless |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["vblora", "tied_lora", "lora_xs"])
+def test_a_run_is_scored_in_every_setting(method, benchmark, encoder, data, tmp_path, capsys):
+    places = ["--model_name_or_path", str(encoder), "--data_dir", str(data)]
+    sizes = ["--num_vectors", "10", "--vector_length", "16"] if method == "vblora" else ["--rank", "2"]
+    small = ["--num_train_epochs", "1", "--learning_rate", "4e-3", "--disable_tqdm", "true", "--use_cpu", "true"]
+    run = tmp_path / "run"
+    run_glue.main([*places, *small, *sizes, "--task", "cola", "--method", method, "--output_dir", str(run)])
+    benchmark.main([str(run), *places, "--record", str(tmp_path / "record.json")])
+    result = read_json(tmp_path / "record.json")["adapters"]["run"]
+    assert result["rows"][0]["score"] == pytest.approx(result["trained_score"], abs=1e-6)
+    assert len(result["rows"]) == (7 if method == "vblora" else 4)
+    assert "the run's record has" in capsys.readouterr().out
+    if method == "vblora":
+        pack_directory(run / "best", tmp_path / "a.vblora.safetensors")
+        benchmark.main([str(tmp_path / "a.vblora.safetensors"), str(run / "best")])
+
+
+def test_a_run_on_anothers_bank_is_packed_without_it_and_sizes_are_drawn(benchmark, encoder, data, tmp_path, capsys):
+    places = ["--model_name_or_path", str(encoder), "--data_dir", str(data)]
+    small = ["--num_train_epochs", "1", "--learning_rate", "4e-3", "--disable_tqdm", "true", "--use_cpu", "true"]
+    small += ["--num_vectors", "10", "--vector_length", "16", "--task", "cola", "--method", "vblora"]
+    run_glue.main([*places, *small, "--output_dir", str(tmp_path / "own")])
+    on = tmp_path / "shared"
+    run_glue.main([*places, *small, "--bank_from", str(tmp_path / "own" / "best"), "--output_dir", str(on)])
+    record = tmp_path / "record.json"
+    benchmark.main([str(tmp_path / "own"), str(on), *places, "--record", str(record)])
+    own, shared = read_json(record)["adapters"].values()
+    assert {row["bank"] for row in shared["rows"]} == {"shared"} and own["task"] == shared["task"] == "cola"
+    assert shared["rows"][-1]["bytes_without_heads"] < own["rows"][-1]["bytes_without_heads"]
+    assert shared["rows"][0]["score"] == pytest.approx(shared["trained_score"], abs=0.02)
+    picture = tmp_path / "bytes.png"
+    folder = sizes.ROOT / "results" / "glue_minilm"
+    sizes.main(["--task", "cola", "--records", str(folder), "--packed", str(record), "--output", str(picture)])
+    out = capsys.readouterr().out
+    assert "| VB-LoRA packed, shared bank, weights 8 bits |" in out and "| full fine-tuning | 90,855,944 |" in out
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="no packed run of mrpc"):
+        sizes.main(["--task", "mrpc", "--packed", str(record)])

@@ -1,0 +1,218 @@
+"""Many adapters in one batch: each row as if its adapter alone were attached."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from language_helpers import tiny_llama
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+import vblora
+
+VOCABULARY = 61
+
+
+def llama():
+    return tiny_llama(VOCABULARY).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
+
+
+def bert():
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=3, **size)).eval()
+
+
+def loud(adapter):
+    """As after training: factors that change the output by much."""
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.5)
+    return adapter
+
+
+def config(r, **more):
+    more = {"target_modules": "all-linear", **more}
+    return vblora.VBLoRAConfig(r=r, num_vectors=11, vector_length=16, topk=2, init_vector_bank_bound=0.5, **more)
+
+
+SETTINGS = {
+    "llama": (
+        llama,
+        {
+            "one": config(4),
+            "two": config(2, target_modules=["q_proj", "v_proj"]),
+            "tied": vblora.TiedLoRAConfig(r=3, target_modules=["q_proj", "o_proj"]),
+        },
+    ),
+    "gpt2": (
+        gpt2,
+        {
+            "one": config(4),
+            "two": config(2, target_modules=["c_attn", "c_fc"], split_modules={"c_attn": ["q", "k", "v"]}),
+            "three": config(3, target_modules=["c_attn"]),
+        },
+    ),
+    "bert": (
+        bert,
+        {
+            "one": config(4, target_modules=["query", "value"], modules_to_save=["classifier"]),
+            "two": config(2, target_modules=["query", "key"], modules_to_save=["pooler", "classifier"]),
+            "three": config(1, target_modules=["value"]),
+        },
+    ),
+}
+
+
+@pytest.fixture(params=SETTINGS)
+def served(request, tmp_path):
+    """The bare model, a folder of packed adapters, and a function from a name to a model with that adapter alone."""
+    make, configs = SETTINGS[request.param]
+    for number, (name, of_name) in enumerate(configs.items()):
+        model = make()
+        adapter = loud(vblora.attach(model, of_name, seed=number))
+        with torch.no_grad():
+            for module in adapter.saved.values():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter))
+        adapter.pack(tmp_path / f"{name}.safetensors")
+
+    def alone(name):
+        model = make()
+        if name is not None:
+            vblora.load(model, tmp_path / f"{name}.safetensors")
+        return model.eval()
+
+    return make(), tmp_path, alone, list(configs)
+
+
+def ids(rows, length=7):
+    return torch.randint(3, VOCABULARY, (rows, length))
+
+
+@torch.no_grad()
+def test_each_row_is_as_with_its_adapter_alone(served):
+    model, folder, alone, known = served
+    store = vblora.AdapterStore(model, folder)
+    assert sorted(store.names()) == sorted(known) and len(store) == 3 and "one" in store
+    names = [known[0], None, known[1], known[2], known[0], None]
+    batch = ids(len(names))
+    plain = model(input_ids=batch).logits
+    with store.rows(names):
+        mixed = model(input_ids=batch).logits
+    for row, name in enumerate(names):
+        single = alone(name)(input_ids=batch[row : row + 1]).logits[0]
+        assert torch.allclose(mixed[row], single, atol=1e-5), name
+        assert name is None or not torch.allclose(mixed[row], plain[row], atol=1e-4)
+    assert torch.equal(model(input_ids=batch).logits, plain)  # after the block, the base model
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_texts_are_those_of_each_adapter_alone(make, beams, tmp_path):
+    for number, name in enumerate("ab"):
+        adapter = loud(vblora.attach(make(), config(4), seed=number))
+        adapter.pack(tmp_path / f"{name}.safetensors")
+    model, names = make(), ["a", "b", None, "b"]
+    store, batch = vblora.AdapterStore(model, tmp_path), ids(4)
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 2}
+    how["attention_mask"] = torch.ones_like(batch[:1])
+    with store.rows(names):
+        mixed = model.generate(batch, **how | {"attention_mask": torch.ones_like(batch)})
+    for row, name in enumerate(names):
+        single = make()
+        if name is not None:
+            vblora.load(single, tmp_path / f"{name}.safetensors")
+        assert torch.equal(mixed[row], single.generate(batch[row : row + 1], **how)[0])
+    assert not torch.equal(mixed[1, 7:], mixed[2, 7:])
+
+
+@torch.no_grad()
+def test_an_attached_adapter_and_the_store_add_up_and_half_precision_is_the_models(tmp_path):
+    loud(vblora.attach(llama(), config(4), seed=1)).pack(tmp_path / "a.safetensors")
+    model = llama()
+    own = loud(vblora.attach(model, config(2), name="own", seed=2))
+    both = copy.deepcopy(model)
+    vblora.load(both, tmp_path / "a.safetensors")
+    batch, store = ids(2), vblora.AdapterStore(model, tmp_path)
+    with store.rows(["a", "a"]):
+        assert torch.allclose(model(input_ids=batch).logits, both(input_ids=batch).logits, atol=1e-5)
+    own.detach()
+    half = model.to(torch.bfloat16)
+    with store.rows(["a", None]):
+        assert half(input_ids=batch).logits.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_what_was_not_used_lately_is_dropped_and_comes_back(tmp_path):
+    for number in range(5):
+        loud(vblora.attach(llama(), config(2), seed=number)).pack(tmp_path / f"{number}.safetensors")
+    model, batch = llama(), ids(1)
+    store = vblora.AdapterStore(model, tmp_path, max_composed=2)
+    first: dict[str, torch.Tensor] = {}
+    for name in [*"01234", *"01234"]:
+        with store.rows([name]):
+            logits = model(input_ids=batch).logits
+        assert torch.equal(first.setdefault(name, logits), logits)
+        assert len(store._composed) <= 2
+    with store.rows([*"01234"]):  # more at once than are kept
+        model(input_ids=batch.expand(5, -1))
+    assert list(store._composed) == ["3", "4"]
+    assert store.resident_bytes() > 0
+    store.close()
+    assert not store.resident_bytes() and not any(m._forward_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_adapters_may_be_kept_packed_in_memory(tmp_path):
+    path = tmp_path / "a.safetensors"
+    loud(vblora.attach(llama(), config(2), seed=0)).pack(path)
+    model, batch = llama(), ids(2)
+    store = vblora.AdapterStore(model)
+    store.add("memory", path.read_bytes())
+    store.add("disk", path)
+    assert store.resident_bytes() == path.stat().st_size
+    with store.rows(["memory", "disk"]):
+        one, other = model(input_ids=batch[:1].expand(2, -1)).logits
+    assert torch.equal(one, other)
+    path.unlink()
+    store.remove("memory")
+    assert store.names() == ["disk"]
+
+
+def test_wrong_use_is_named(tmp_path):
+    model = llama()
+    loud(vblora.attach(llama(), config(2), seed=0)).pack(tmp_path / "a.safetensors")
+    vblora.attach(tiny_llama(VOCABULARY, width=64), config(2), seed=0).pack(tmp_path / "wide.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-3])
+    store = vblora.AdapterStore(model, tmp_path)
+    for names, message in (
+        (["b"], "no adapter 'b'"),
+        (["../a"], "no adapter"),
+        ([], "a name, or None"),
+        (["broken"], "adapter 'broken'"),
+        (["wide"], "adapter 'wide'"),
+    ):
+        with pytest.raises(ValueError, match=message), store.rows(names):
+            pass
+    with store.rows(["a", None]):
+        with pytest.raises(ValueError, match="2 names, and the batch 3 rows"):
+            model(input_ids=ids(3))
+        with pytest.raises(ValueError, match="one batch at a time"), store.rows(["a"]):
+            pass
+        with pytest.raises(ValueError, match="is in use"):
+            store.remove("a")
+    with pytest.raises(ValueError, match="already"):
+        store.add("a", tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="no such folder"):
+        vblora.AdapterStore(model, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="max_composed"):
+        vblora.AdapterStore(model, max_composed=-1)
+    with torch.no_grad(), store.rows(["a", None]):
+        model(input_ids=ids(2))  # all is as it was

@@ -1,0 +1,309 @@
+"""Many adapters on one model at once: every row of a batch may have its own.
+
+    store = vblora.AdapterStore(model, "adapters/")          # a folder of packed files, thousands of them
+    with store.rows(["alice", None, "bob"]):                 # None: the base model
+        model.generate(**batch)                              # a batch of three rows
+
+An adapter stays packed, on disk or in memory, until a batch asks for it; then its factors are composed, and kept until
+`max_composed` others were used since. In an adapted layer, row i of the batch gets
+
+    y_i = base(x_i) + (x_i A_i^T) B_i^T
+
+for all rows in two batched products, whatever methods, ranks and banks the adapters have: rows of a lower rank are
+filled up with zeros. (S-LoRA and Punica serve LoRA so, by kernels of their own.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vblora.storage import check_heads, head_tensors, packed, shared_bank
+from vblora.storage.fitting import find_layers
+from vblora.targets import find_saved, weight_of
+
+SUFFIX = ".safetensors"
+
+
+class Place(NamedTuple):
+    """Where a factor pair goes: a layer, and which of its outputs."""
+
+    layer: str
+    start: int | None = None
+    stop: int | None = None
+
+
+class _Composed(NamedTuple):
+    """An adapter ready to use: A (r, in) and B (out, r) by place, and its heads' tensors by module and name."""
+
+    factors: dict[Place, tuple[Tensor, Tensor]]
+    heads: dict[str, dict[str, Tensor]]
+
+
+class AdapterStore:
+    """Adapters by name for one model.
+
+    Args:
+        model: any model that the adapters were trained on; it stays the same object. No adapter need be attached.
+        folder: holds NAME.safetensors (or NAME.vblora.safetensors), packed; all are known by their names, and read when
+            first used. Shared banks lie in it too.
+        max_composed: adapters whose factors are kept, besides those of the running batch; the least recently used
+            go first.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path | None = None, *, max_composed: int = 64) -> None:
+        if max_composed < 0:
+            raise ValueError(f"max_composed must be at least 0, not {max_composed}")
+        self.model = model
+        self.max_composed = max_composed
+        self._sources: dict[str, Path | bytes] = {}
+        self._composed: OrderedDict[str, _Composed] = OrderedDict()
+        self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
+        self._hooked: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._rows: _Rows | None = None
+        self._bank_of: Callable[[str], Tensor] | None = None
+        if folder is not None:
+            if not Path(folder).is_dir():
+                raise ValueError(f"{folder}: no such folder")
+            self._bank_of = partial(shared_bank.read_beside, Path(folder))
+            for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
+                if not path.name.endswith(shared_bank.SUFFIX):
+                    self._sources[path.name.removesuffix(SUFFIX).removesuffix(".vblora")] = path
+
+    # -- which adapters there are --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources
+
+    def names(self) -> list[str]:
+        return list(self._sources)
+
+    def add(self, name: str, source: str | Path | bytes) -> None:
+        """Make an adapter known: a packed file, read when first used, or the content of one, kept in memory.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self._sources:
+            raise ValueError(f"there is an adapter {name!r} already: remove it first")
+        self._sources[name] = source if isinstance(source, bytes) else Path(source)
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; its file stays.
+
+        Raises:
+            ValueError: there is none of this name, or the running batch uses it.
+        """
+        self._require(name)
+        if self._rows is not None and name in self._rows.names:
+            raise ValueError(f"adapter {name!r} is in use")
+        del self._sources[name]
+        self._composed.pop(name, None)
+
+    def resident_bytes(self) -> int:
+        """Bytes of the adapters in memory: packed ones, and the factors that are composed."""
+        tensors = [t for composed in self._composed.values() for pair in composed.factors.values() for t in pair]
+        tensors += [t for c in self._composed.values() for head in c.heads.values() for t in head.values()]
+        packed_bytes = sum(len(source) for source in self._sources.values() if isinstance(source, bytes))
+        return packed_bytes + sum(t.numel() * t.element_size() for t in tensors)
+
+    # -- using them ----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within this block the model's batches have as many rows as there are names, each with its adapter.
+
+        What a row is split into on the way (beams, positions) shares its adapter. Nothing is trained through it.
+
+        Raises:
+            ValueError: an unknown name, an adapter that is damaged or does not fit the model, or a block within
+                another; in the block, a batch of another size.
+        """
+        if self._rows is not None:
+            raise ValueError("rows() is in use: one batch at a time")
+        if not names:
+            raise ValueError("rows() needs a name, or None, for each row of the batch")
+        used = {name: self._compose(name) for name in dict.fromkeys(names) if name is not None}
+        self._rows = _Rows(list(names), used)
+        try:
+            yield
+        finally:
+            self._rows = None
+            while len(self._composed) > self.max_composed:
+                self._composed.popitem(last=False)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._hooked.values():
+            handle.remove()
+        self._hooked.clear()
+        self._composed.clear()
+        self._fits.clear()
+
+    def _require(self, name: str) -> Path | bytes:
+        if name not in self._sources:
+            raise ValueError(f"there is no adapter {name!r} among the {len(self._sources)} known")
+        return self._sources[name]
+
+    @torch.no_grad()
+    def _compose(self, name: str) -> _Composed:
+        if name in self._composed:
+            self._composed.move_to_end(name)
+            return self._composed[name]
+        source = self._require(name)
+        try:
+            adapter = packed.loads(source, self._bank_of) if isinstance(source, bytes) else packed.read(source)
+            places, heads = self._places(adapter), self._heads(adapter)
+            factors = adapter.factors()
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r}: {error}") from error
+        for place in places.values():
+            self._hook(place.layer, _LayerHook(self, place.layer))
+        for module_name in heads:
+            self._hook(module_name, _HeadHook(self, module_name))
+        ready = {}
+        for target, pair in factors.items():
+            device = weight_of(self.model.get_submodule(places[target].layer)).device
+            ready[places[target]] = (pair[0].to(device), pair[1].to(device))
+        self._composed[name] = _Composed(ready, heads)
+        return self._composed[name]
+
+    def _places(self, adapter: packed.Packed) -> dict[str, Place]:
+        """Where the adapter's factors go, by target."""
+        if adapter.fingerprint not in self._fits:
+            find_layers(self.model, adapter, "it")
+            self._fits[adapter.fingerprint] = {
+                target: Place(target)
+                if part == slice(None)
+                else Place(target.rpartition(".")[0], part.start, part.stop)
+                for target, part in adapter.outputs.items()
+            }
+        return self._fits[adapter.fingerprint]
+
+    def _heads(self, adapter: packed.Packed) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the adapter's heads, by module."""
+        saved = find_saved(self.model, adapter.config) if adapter.heads else {}
+        check_heads(adapter.heads, head_tensors(saved))
+        heads: dict[str, dict[str, Tensor]] = {}
+        for module_name, module in saved.items():
+            own = module.state_dict()
+            heads[module_name] = {key: adapter.heads[f"{module_name}.{key}"].to(own[key]) for key in own}
+        return heads
+
+    def _hook(self, module_name: str, hook: Any) -> None:
+        if module_name not in self._hooked:
+            module = self.model.get_submodule(module_name)
+            self._hooked[module_name] = module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _place(target: str, part: slice) -> Place:
+    return Place(target) if part == slice(None) else Place(target.rpartition(".")[0], part.start, part.stop)
+
+
+class _Rows:
+    """The adapters of one batch, row by row, stacked layer by layer when first needed."""
+
+    def __init__(self, names: list[str | None], adapters: dict[str, _Composed]) -> None:
+        self.names = names
+        self.adapters = adapters
+        self._stacked: dict[tuple[Place, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self.places: dict[str, list[Place]] = {}  # by layer
+        for composed in adapters.values():
+            for place in composed.factors:
+                of_layer = self.places.setdefault(place.layer, [])
+                if place not in of_layer:
+                    of_layer.append(place)
+
+    def factors(self, place: Place, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A transposed (rows, in, r) and B transposed (rows, r, out); zeros for rows without an adapter here."""
+        key = (place, dtype)
+        if key not in self._stacked:
+            pairs = [None if name is None else self.adapters[name].factors.get(place) for name in self.names]
+            some_a, some_b = next(pair for pair in pairs if pair is not None)
+            r = max(pair[0].shape[0] for pair in pairs if pair is not None)
+            a = some_a.new_zeros(len(pairs), some_a.shape[1], r)
+            b = some_b.new_zeros(len(pairs), r, some_b.shape[0])
+            for row, pair in enumerate(pairs):
+                if pair is not None:
+                    a[row, :, : pair[0].shape[0]] = pair[0].T
+                    b[row, : pair[1].shape[1]] = pair[1].T
+            self._stacked[key] = (a.to(dtype), b.to(dtype))
+        return self._stacked[key]
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """(rows * s, ..., features) as (rows, s * ..., features)."""
+        if tensor.shape[0] % len(self.names):
+            raise ValueError(f"rows() has {len(self.names)} names, and the batch {tensor.shape[0]} rows")
+        return tensor.reshape(len(self.names), -1, tensor.shape[-1])
+
+
+class _LayerHook:
+    """After an adapted layer: add each row's own B A x to the output."""
+
+    def __init__(self, store: AdapterStore, layer: str) -> None:
+        self.store = store
+        self.layer = layer
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        rows = self.store._rows
+        if rows is None or self.layer not in rows.places:
+            return output
+        x = rows.split(args[0] if args else next(iter(kwargs.values()))).to(output.dtype)  # (rows, s, in)
+        result = rows.split(output)  # (rows, s, out)
+        with torch.autocast(output.device.type, enabled=False):
+            for place in rows.places[self.layer]:
+                a, b = rows.factors(place, output.dtype)
+                hidden = torch.bmm(x, a)  # (rows, s, r)
+                if place.start is None:
+                    result = torch.baddbmm(result, hidden, b)
+                else:
+                    result = result.clone() if result.data_ptr() == output.data_ptr() else result
+                    result[..., place.start : place.stop].baddbmm_(hidden, b)
+        return result.view(output.shape)
+
+
+class _HeadHook:
+    """After a head: the outputs of the rows whose adapter has one of its own."""
+
+    def __init__(self, store: AdapterStore, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        rows = self.store._rows
+        if rows is None:
+            return output
+        result = output.clone()
+        for name, adapter in rows.adapters.items():
+            if self.name in adapter.heads:
+                mine = [row for row, of_row in enumerate(rows.names) if of_row == name]
+                result[mine] = self._own(module, adapter.heads[self.name], args, kwargs, mine)
+        return result
+
+    def _own(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any, mine: list[int]) -> Tensor:
+        """The head's output for these rows, with these tensors in place of its own."""
+
+        def part(value: Any) -> Any:
+            return value[mine] if isinstance(value, Tensor) else value
+
+        rows, self.store._rows = self.store._rows, None
+        try:
+            given = {key: part(value) for key, value in kwargs.items()}
+            return torch.func.functional_call(module, tensors, tuple(map(part, args)), given)
+        finally:
+            self.store._rows = rows
