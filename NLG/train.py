@@ -209,7 +209,7 @@ def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer, row
         "quick_scores": [scores for scores in quick if scores],  # by epoch; not the official ones
         "stored_parameters": adapter.stored_parameters()._asdict(),
         "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(seconds, 3),
         "examples_per_second": round(epochs * rows / seconds, 1),
         "peak_memory_mib": records.peak_memory_mib(),
         **records.environment(),

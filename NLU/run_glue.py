@@ -264,7 +264,7 @@ def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: Adapt
         "head_parameters": adapter.head_parameters(),
         "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
         "steps": steps,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(seconds, 3),
         "examples_per_second": round(examples / seconds, 1),
         "peak_memory_mib": records.peak_memory_mib(),
         **records.environment(),

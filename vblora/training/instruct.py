@@ -295,7 +295,7 @@ def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer) -> 
         # By step; the first is before any training.
         "held_out_losses": [{"step": step, "loss": losses[step]} for step in sorted(losses)],
         "stored_parameters": adapter.stored_parameters()._asdict(),
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(seconds, 3),
         "peak_memory_mib": records.peak_memory_mib(),
         **records.environment(),
     }
