@@ -169,7 +169,8 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
     kept += [b for m in model.modules() if isinstance(m, vblora.Adapter) for b in m.buffers()]
-    return sum(t.numel() * t.element_size() for t in [*trained, *trained, *kept])
+    once = {t.data_ptr(): t for t in kept if t.numel()}.values()  # optimiser and adapter share the logits' indices
+    return sum(t.numel() * t.element_size() for t in [*trained, *trained, *once])
 
 
 def render(results: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vblora.counting import LayerShape
+from vblora.counting import LayerShape, peft_index_bytes
 
 Factors = tuple[Tensor, Tensor]  # A: (r, in_features) and B transposed: (r, out_features)
 
@@ -41,6 +42,11 @@ def compose_dense(bank: Tensor, logits: Tensor, topk: int) -> Tensor:
     values, indices = logits.topk(topk, dim=-1)
     weights = values.softmax(dim=-1)  # (N, k)
     return (weights.unsqueeze(-1) * bank[indices]).sum(dim=-2)  # (N, k, b) -> (N, b)
+
+
+def smallest_index_dtype(num_vectors: int) -> torch.dtype:
+    """The integer type PEFT stores indices in."""
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[peft_index_bytes(num_vectors)]
 
 
 class Layout:

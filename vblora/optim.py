@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from vblora.logits import LogitTable
     from vblora.methods.vb_lora import VBLoRA
 
 # Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
@@ -127,8 +128,9 @@ class AdamW(torch.optim.AdamW):
         g = 0 but at the selected entries;  m, v, z: AdamW's update over all h entries;  then select again.
 
     Every other parameter is updated by torch.optim.AdamW itself. Gradient clipping and gradient accumulation
-    work on the selected logits, whose norm is the dense gradient's norm. The state_dict holds the logits'
-    moments as (N, h) tensors; the logits themselves are in the model's state_dict.
+    work on the selected logits, whose norm is the dense gradient's norm. Entries that were never selected have no
+    moments, and none are kept for them: the state_dict holds the moments of those in the adapter's table
+    (`vblora.logits`), with their indices; the logits themselves are in the model's state_dict.
 
     Args:
         params: parameters or groups, as from `vblora.param_groups`.
@@ -177,26 +179,65 @@ class AdamW(torch.optim.AdamW):
     def _step_logits(self, group: dict[str, Any], parameter: nn.Parameter, adapter: VBLoRA) -> None:
         gradient = parameter.grad  # (N, k)
         assert gradient is not None
-        logits = adapter._require_logits()  # (N, h)
-        indices = adapter.topk_indices  # (N, k)
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(logits)
-            state["exp_avg_sq"] = torch.zeros_like(logits)
+        table = adapter._require_logits()
+        table.make_room()
+        state = self._logits_state(parameter, table)
+        slots = table.slots  # (N, k)
         state["step"] += 1
         step = float(state["step"])
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
 
-        logits.scatter_(1, indices, parameter.detach())  # the selected entries live in the parameter
-        logits.mul_(1 - lr * group["weight_decay"])
-        mean = state["exp_avg"].mul_(beta1).scatter_add_(1, indices, gradient * (1 - beta1))
-        square = state["exp_avg_sq"].mul_(beta2).scatter_add_(1, indices, gradient.square() * (1 - beta2))
+        table.put(parameter.detach())  # the selected entries live in the parameter
+        table.shrink(1 - lr * group["weight_decay"])
+        mean = state["exp_avg"].mul_(beta1).scatter_add_(1, slots, gradient * (1 - beta1))
+        square = state["exp_avg_sq"].mul_(beta2).scatter_add_(1, slots, gradient.square() * (1 - beta2))
         denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
-        logits.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
-        adapter.select(logits)
+        table.values.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
+        adapter._select()
         adapter._selection_kept = True
+
+    def _logits_state(self, parameter: nn.Parameter, table: LogitTable) -> dict[str, Any]:
+        """The moments, slot by slot as the table is now. `indices` is the table's own tensor while they agree."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = torch.zeros_like(table.values)
+            state["exp_avg_sq"] = torch.zeros_like(table.values)
+        elif state["indices"] is not table.indices:
+            saved, names = state["indices"], ("exp_avg", "exp_avg_sq")
+            if not torch.equal(saved, table.indices[:, : saved.shape[1]]):
+                table.include(saved, (state["exp_avg"] != 0) | (state["exp_avg_sq"] != 0))
+                for name in names:
+                    state[name] = table.arrange(saved, state[name])
+            elif more := table.width - saved.shape[1]:
+                for name in names:
+                    state[name] = nn.functional.pad(state[name], (0, more))
+        state["indices"] = table.indices
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch.optim.AdamW. Moments of logits that have other slots in the model are moved to them.
+
+        Raises:
+            ValueError: the logits' moments are of another number of sub-vectors, or do not say whose they are.
+        """
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        indices = {}
+        for i, parameter in zip(saved, own, strict=False):  # PyTorch refuses other numbers of parameters
+            moments = state_dict["state"].get(i)
+            if not moments or owner_of(parameter) is None:
+                continue
+            indices[parameter] = moments.get("indices")
+            if indices[parameter] is None or len(indices[parameter]) != len(parameter):
+                raise ValueError(
+                    f"the optimiser's state has no moments for the {len(parameter)} sub-vectors of the adapter: it is "
+                    "of another model, or of a version that kept all h of each; begin with a new optimiser"
+                )
+        super().load_state_dict(state_dict)
+        for parameter, whole_numbers in indices.items():  # which PyTorch has turned into the parameter's type
+            self.state[parameter]["indices"] = whole_numbers.to(parameter.device, copy=True)
 
 
 def _torch_step() -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vblora import counting
 from vblora.adapter import Adapter, TensorSpec
-from vblora.bank import Factors, Layout, compose, select
+from vblora.bank import Factors, Layout, compose
 from vblora.config import AdapterConfig
 from vblora.counting import LayerShape
+from vblora.logits import LogitTable, draw
 from vblora.optim import register_owner
 
 
@@ -58,10 +59,10 @@ class VBLoRAConfig(AdapterConfig):
 class VBLoRA(Adapter, config=VBLoRAConfig):
     """The bank and the selection of one adapter.
 
-    Trained by gradient: `vector_bank` (h, b) and `topk_logits` (N, k), the selected logits. The rest of the
-    logits, in `logits` (N, h), has no gradient: `vblora.AdamW` moves it and selects again after each step.
-    `logits` is None for an adapter loaded from a top-k file, which can be used and merged, and trained only after
-    `redraw_logits`.
+    Trained by gradient: `vector_bank` (h, b) and `topk_logits` (N, k), the selected logits. The rest of the N x h
+    logits, in `logits`, has no gradient: `vblora.AdamW` moves it and selects again after each step. It is kept as a
+    table of those that matter (`vblora.logits`); `dense_logits` gives all. `logits` is None for an adapter loaded from
+    a top-k file, which can be used and merged, and trained only after `redraw_logits`.
     """
 
     groups: ClassVar[dict[str, str]] = {"vector_bank": "vector_bank", "topk_logits": "logits"}
@@ -70,7 +71,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     vector_bank: nn.Parameter
     topk_logits: nn.Parameter
     topk_indices: Tensor
-    logits: Tensor | None
+    logits: LogitTable | None
 
     def __init__(self, config: VBLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
@@ -79,7 +80,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.vector_bank = nn.Parameter(torch.zeros(h, b))
         self.topk_logits = nn.Parameter(torch.zeros(n, k))
         self.register_buffer("topk_indices", torch.zeros(n, k, dtype=torch.long))
-        self.register_buffer("logits", None)  # (N, h); current but for the selected entries
+        self.register_module("logits", None)
         self._selection_kept = False  # vblora.AdamW has stepped the logits
         self._warned = False
         if seed is not None:
@@ -88,17 +89,10 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        self.logits = torch.empty(self.layout.rows, self.config.num_vectors)
-        self.draw_into(self.vector_bank, self.logits, self.config, seed)
-        self.select(self.logits)
-
-    @staticmethod
-    def draw_into(bank: Tensor, logits: Tensor, config: VBLoRAConfig, seed: int) -> None:
-        """Initial values, drawn on the CPU whatever the device, so that a seed means the same everywhere."""
-        bound = config.init_vector_bank_bound
-        generator = torch.Generator().manual_seed(seed)
-        bank.uniform_(-bound, bound, generator=generator)
-        logits.normal_(generator=generator).mul_(config.init_logits_std)
+        self.vector_bank.copy_(draw(self.config, self.layout.rows, seed)[0])
+        self.logits = LogitTable(self.config, self.layout.rows)
+        self.logits.start(seed)
+        self._select()
 
     def compose(self) -> tuple[Tensor, ...]:
         self._warn_if_not_reselected()
@@ -125,21 +119,27 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     @torch.no_grad()
     def dense_logits(self) -> Tensor:
         """All h logits of each sub-vector, up to date: a new (N, h) tensor."""
-        return self._require_logits().scatter(1, self.topk_indices, self.topk_logits.detach())
+        return self._require_logits().dense().scatter(1, self.topk_indices, self.topk_logits.detach())
 
     @torch.no_grad()
     def select(self, logits: Tensor) -> None:
         """Take over these (N, h) logits and select the k largest of each row anew."""
-        dense = self._require_logits()
-        if dense is not logits:
-            dense.copy_(logits)
-        values, indices = select(dense, self.config.topk)
-        self.topk_logits.copy_(values)
-        self.topk_indices.copy_(indices)
+        table = self._require_logits()
+        table.take_over(logits.to(self.vector_bank), logits.topk(self.config.topk, dim=-1).indices, self.init_seed)
+        self._select()
 
+    @torch.no_grad()
     def reselect(self) -> None:
         """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
-        self.select(self.dense_logits())
+        table = self._require_logits()
+        table.make_room()
+        table.put(self.topk_logits)
+        self._select()
+
+    def _select(self) -> None:
+        values, indices = self._require_logits().select()
+        self.topk_logits.copy_(values)
+        self.topk_indices.copy_(indices)
 
     @torch.no_grad()
     def redraw_logits(self, seed: int) -> None:
@@ -153,8 +153,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         that: its logarithm must be finite to be trained.
         """
         c = self.config
-        drawn = torch.empty(self.layout.rows, c.num_vectors)  # (N, h), float32 on the CPU as when training began
-        self.draw_into(torch.empty(c.num_vectors, c.vector_length), drawn, c, seed)
+        drawn = torch.cat(list(draw(c, self.layout.rows, seed)[1]))  # (N, h), float32 on the CPU as when training began
         indices = self.topk_indices.cpu()
         logs = self.topk_logits.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
         smallest = drawn.topk(c.topk, dim=-1).values[:, -1:]  # (N, 1)
@@ -162,10 +161,11 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
         drawn = torch.where(drawn < smallest, drawn, below).scatter(1, indices, selected)
         # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
-        self.logits = drawn.to(self.vector_bank)
+        self.logits = LogitTable(c, self.layout.rows).to(self.vector_bank)
+        self.logits.take_over(drawn.to(self.vector_bank.dtype), self.topk_indices, seed)
         self.topk_logits.copy_(selected)
 
-    def _require_logits(self) -> Tensor:
+    def _require_logits(self) -> LogitTable:
         if self.logits is None:
             raise ValueError(
                 "this adapter came from a top-k file, which holds the selected logits only: to train on, load "
@@ -186,7 +186,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         trained = self._composition is not None and self._composition.used
         if not trained or self._selection_kept or self._warned or self.logits is None:
             return
-        if not torch.equal(self.logits.gather(1, self.topk_indices), self.topk_logits):
+        if not torch.equal(self.logits.values.gather(1, self.logits.slots), self.topk_logits):
             self._warned = True
             warnings.warn(
                 "the logits were stepped by another optimiser than vblora.AdamW, so the selection stays as it "
@@ -221,11 +221,10 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        device = self.vector_bank.device
         self.vector_bank.copy_(tensors["vector_bank"])
         if "logits" in tensors:
-            self.logits = torch.empty_like(tensors["logits"], dtype=self.vector_bank.dtype, device=device)
-            self.select(tensors["logits"])
+            self.logits = LogitTable(self.config, self.layout.rows).to(self.vector_bank)
+            self.select(tensors["logits"].to(self.vector_bank))
             return
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))
         self.topk_indices.copy_(tensors["topk_indices"])

@@ -14,6 +14,7 @@ from vblora.adapter import Adapter, TensorSpec, in_backward
 from vblora.bank import Factors, Layout, compose, select
 from vblora.config import AdapterConfig
 from vblora.counting import LayerShape
+from vblora.logits import draw as draw_values
 from vblora.methods.vb_lora import VBLoRA, VBLoRAConfig, topk_tensors
 from vblora.selection import RULES, draw, gumbel_softmax, noisy_topk
 
@@ -69,7 +70,9 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
         self._selected: Tensor | None = None  # indices (N, k) of the last training step, where the rule selects any
         if seed is not None:
             with torch.no_grad():
-                VBLoRA.draw_into(self.vector_bank, self.logits, config, seed)
+                bank, logits = draw_values(config, self.layout.rows, seed)
+                self.vector_bank.copy_(bank)
+                self.logits.copy_(torch.cat(list(logits)))
 
     @classmethod
     def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vblora.adapter import Adapter, TensorSpec, install
+from vblora.bank import smallest_index_dtype
 from vblora.config import AdapterConfig
 from vblora.counting import LayerShape
 from vblora.methods.vb_lora import VBLoRA, VBLoRAConfig
@@ -29,7 +30,6 @@ from vblora.storage.files import (
     describe_dtype,
     read_json,
     read_tensors,
-    smallest_index_dtype,
     write_json,
     write_tensors,
 )
@@ -235,6 +235,7 @@ def _read_packed(
 
 
 def _take_over(adapter: Adapter, content: _Content, redraw: bool) -> None:
+    adapter.init_seed = content.init_seed
     with torch.inference_mode(False):
         adapter.load_tensors(content.native)
         if redraw and isinstance(adapter, VBLoRA) and adapter.logits is None:
@@ -243,7 +244,6 @@ def _take_over(adapter: Adapter, content: _Content, redraw: bool) -> None:
     with torch.no_grad():
         for key, tensor in content.heads.items():
             own[key].copy_(tensor)
-    adapter.init_seed = content.init_seed
 
 
 def read_config(directory: Path) -> tuple[AdapterConfig, bool]:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -111,10 +110,3 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 def describe_dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def smallest_index_dtype(num_vectors: int) -> torch.dtype:
-    """The integer type PEFT stores indices in."""
-    from vblora.counting import peft_index_bytes
-
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[peft_index_bytes(num_vectors)]

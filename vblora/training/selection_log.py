@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
-from vblora.bank import Layout
-from vblora.storage.files import read_tensors, smallest_index_dtype, write_tensors
+from vblora.bank import Layout, smallest_index_dtype
+from vblora.storage.files import read_tensors, write_tensors
 from vblora.training.records import SELECTIONS_FILE
 
 
