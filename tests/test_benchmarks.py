@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from language_helpers import save_tiny_llama
 from vblora.storage.files import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
 def benchmark(name):
@@ -41,7 +43,60 @@ def test_many_adapters(tmp_path, capsys):
     assert "8 adapters." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["step_time", "many_adapters"])
+def test_exchange(tmp_path, capsys):
+    record = tmp_path / "r.json"
+    command = "--layers 1 --width 64 --num_vectors 64 --vector_length 32 --steps 2 --record"
+    importlib.import_module("exchange").main([*command.split(), str(record)])  # its processes import it by its name
+    found = read_json(record)
+    for way, one in found["ways"].items():
+        assert one["bytes"]["gradients"] == found["counted"][way]
+        assert max(one["largest_difference"].values()) < 1e-5
+    assert found["ways"]["VB-LoRA here"]["bytes"]["gradients"] < found["ways"]["VB-LoRA in PEFT"]["bytes"]["gradients"]
+    large = found["llama2_7b"]
+    assert large["VB-LoRA in PEFT"] == 4 * (39_040 * 2048 + 2048 * 256)
+    assert large["VB-LoRA here"] < 0.01 * large["VB-LoRA in PEFT"]
+    assert "0.75%" in capsys.readouterr().out
+
+
+def test_exchange_needs_whole_vectors():
+    with pytest.raises(ValueError, match="--width 96 must be a multiple of --vector_length 64"):
+        importlib.import_module("exchange").main(["--width", "96", "--vector_length", "64"])
+
+
+def test_generation(tmp_path, capsys):
+    command = "--layers 1 --width 64 --batches 1 2 --rounds 1 --record"
+    benchmark("generation").main([*command.split(), str(tmp_path / "r.json")])
+    batches = read_json(tmp_path / "r.json")["batches"]
+    assert set(batches) == {"1", "2"} and all(all(found["same_text"].values()) for found in batches.values())
+    assert batches["2"]["times_merged"]["merged"] == 1
+    assert "Goal: unmerged" in capsys.readouterr().out
+
+
+def test_growth(tmp_path, capsys):
+    growth, record = benchmark("growth"), tmp_path / "r.json"
+    growth.main(["--axes", "h", "batch", "--points", "2", "--rounds", "1", "--record", str(record)])
+    axes = read_json(record)["axes"]
+    assert [point["value"] for point in axes["h"]] == [64, 128] and [p["value"] for p in axes["batch"]] == [1, 2]
+    small, large = (point["state_bytes"] for point in axes["h"])
+    assert small["LoRA in PEFT"] == large["LoRA in PEFT"] and small["VB-LoRA in PEFT"] < large["VB-LoRA in PEFT"]
+    growth.main(["--plot", str(record), "--figures", str(tmp_path)])
+    printed = capsys.readouterr().out
+    for name in ("growth_time.png", "growth_state.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in printed
+    with pytest.raises(ValueError, match="--plot takes a record"):
+        growth.draw({"benchmark": "padding"}, tmp_path)
+
+
+def test_loading(tmp_path, capsys):
+    benchmark("loading").main(["--layers", "1", "--width", "64", "--rounds", "1", "--record", str(tmp_path / "r.json")])
+    found = read_json(tmp_path / "r.json")
+    assert {"vblora.load, packed file", "LoRA in PEFT, from_pretrained"} < set(found["opening_ms"])
+    assert {"AdapterStore, composed", "VB-LoRA in PEFT, set_adapter"} < set(found["switching_ms"])
+    assert all(size > 0 for size in found["bytes"].values())
+    assert "from file to first output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading"])
 def test_a_wrong_number_is_named(name):
     with pytest.raises(ValueError, match="--rounds must be at least 1"):
         benchmark(name).main(["--rounds", "0"])
