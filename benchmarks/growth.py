@@ -4,9 +4,9 @@
     python benchmarks/growth.py --plot results/growth.json [--figures docs/figures]
 
 One of h, layers, r, k, tokens of a row and rows is varied at a time from a small Llama (4 layers, 256 wide, h 256,
-b 64, r 4, k 2, 4 rows of 64 tokens, all linear layers). Forward, backward and optimiser step; the three take turns, and
-a figure is the median of the rounds. State is what training keeps beside the base model, as in step_time.py. --plot
-draws growth_time.png and growth_state.png from a record and measures nothing.
+b 64, r 4, k 2, 4 rows of 64 tokens, all linear layers). Forward, backward and optimiser step; the three take turns, at
+all values of what is varied, and a figure is the median of the rounds. State is what training keeps beside the base
+model, as in step_time.py. --plot draws growth_time.png and growth_state.png from a record and measures nothing.
 """
 
 from __future__ import annotations
@@ -87,24 +87,34 @@ def main(arguments: list[str]) -> None:
 
 
 def grow(axis: str, values: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Seconds and state of each way at each value of one axis."""
-    return [{"value": value, **measure(replace(Point(), **{axis: value}), rounds)} for value in values]
+    """Seconds and state of each way at each value of one axis; all values take turns, as the ways do."""
+    ways: dict[str, Way] = {}
+    steps: dict[str, Callable[[], float]] = {}
+    for value in values:
+        point = replace(Point(), **{axis: value})
+        base, ids = build(point)
+        for name, attach in WAYS.items():
+            key = f"{value} {name}"
+            ways[key] = attach(copy.deepcopy(base), point)
+            steps[key] = partial(step, *ways[key], ids, ids, 1)
+    seconds = medians(take_turns(steps, rounds, warm_up=2))
+    return [
+        {
+            "value": value,
+            "seconds": {name: seconds[f"{value} {name}"] for name in WAYS},
+            "state_bytes": {name: state_bytes(*ways[f"{value} {name}"]) for name in WAYS},
+        }
+        for value in values
+    ]
 
 
-def measure(point: Point, rounds: int) -> dict[str, Any]:
+def build(point: Point) -> tuple[nn.Module, torch.Tensor]:
+    """The base model, and a batch."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = build(point.layers).to(device)
-    ways = {name: attach(copy.deepcopy(base), point) for name, attach in WAYS.items()}
-    ids = torch.randint(3, VOCABULARY, (point.batch, point.length), device=device)
-    timed: dict[str, Callable[[], float]] = {name: partial(step, *way, ids, ids, 1) for name, way in ways.items()}
-    seconds = take_turns(timed, rounds, warm_up=2)
-    return {"seconds": medians(seconds), "state_bytes": {name: state_bytes(*way) for name, way in ways.items()}}
-
-
-def build(layers: int) -> nn.Module:
     size: Any = {"hidden_size": WIDTH, "intermediate_size": 3 * WIDTH, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, **size))
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=point.layers, **size))
+    return model.to(device), torch.randint(3, VOCABULARY, (point.batch, point.length), device=device)
 
 
 def _settings(point: Point) -> dict[str, Any]:

@@ -87,6 +87,17 @@ def test_growth(tmp_path, capsys):
         growth.draw({"benchmark": "padding"}, tmp_path)
 
 
+def test_composition(tmp_path, capsys):
+    small = "--rows 30 --num_vectors 16 --vector_length 8 --topk 3 --rounds 1 --record"
+    benchmark("composition").main([*small.split(), str(tmp_path / "r.json")])
+    found = read_json(tmp_path / "r.json")
+    assert found["times_bag"]["embedding bag"] == 1 and set(found["ms"]) >= {"gather", "PEFT, factor by factor"}
+    assert all(max(apart) < 1e-5 for apart in found["largest_difference"].values())
+    assert ("left out" in capsys.readouterr().out) is not found["triton"]
+    with pytest.raises(ValueError, match="--topk 9 is more than the 8"):
+        benchmark("composition").main(["--topk", "9", "--num_vectors", "8"])
+
+
 def test_loading(tmp_path, capsys):
     benchmark("loading").main(["--layers", "1", "--width", "64", "--rounds", "1", "--record", str(tmp_path / "r.json")])
     found = read_json(tmp_path / "r.json")
@@ -96,7 +107,7 @@ def test_loading(tmp_path, capsys):
     assert "from file to first output" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading"])
+@pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading", "composition"])
 def test_a_wrong_number_is_named(name):
     with pytest.raises(ValueError, match="--rounds must be at least 1"):
         benchmark(name).main(["--rounds", "0"])
