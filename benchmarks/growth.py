@@ -201,7 +201,8 @@ def _picture(record: Mapping[str, Any], axes: list[str], what: str, scale: float
 
 
 def _panel(panel: Any, axis: str, points: list[dict[str, Any]], what: str, scale: float) -> None:
-    """Time and state by one axis; straight axes, so that linear growth is a line, but for h, which spans 1 to 128."""
+    """Time or state by one axis, on straight axes, so that linear growth is a line; state by h on two logarithmic ones,
+    where it is a line too and small banks can be seen."""
     values = [point["value"] for point in points]
     for way in WAYS:
         panel.plot(
@@ -214,12 +215,11 @@ def _panel(panel: Any, axis: str, points: list[dict[str, Any]], what: str, scale
         )
     panel.set_xlabel(TITLES[axis])
     panel.grid(alpha=0.3)
-    if axis == "h":
+    if axis == "h" and what == "state_bytes":
         panel.set_xscale("log", base=2)
         panel.set_xticks(values[::2], [str(value) for value in values[::2]])
-        panel.minorticks_off()
-    if axis == "h" and what == "state_bytes":
         panel.set_yscale("log")
+        panel.minorticks_off()
     else:
         panel.set_ylim(bottom=0)
 

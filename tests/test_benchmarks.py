@@ -13,6 +13,7 @@ from language_helpers import save_tiny_llama
 from vblora.storage.files import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -105,6 +106,38 @@ def test_loading(tmp_path, capsys):
     assert {"AdapterStore, composed", "VB-LoRA in PEFT, set_adapter"} < set(found["switching_ms"])
     assert all(size > 0 for size in found["bytes"].values())
     assert "from file to first output" in capsys.readouterr().out
+
+
+def test_pipeline(tmp_path, capsys):
+    pipeline = benchmark("pipeline")
+    before = [vars(owner).get(name) for owner, name, _ in pipeline.PARTS]
+    pipeline.main(["--small", "--record", str(tmp_path / "r.json")])
+    for found in read_json(tmp_path / "r.json")["runs"].values():
+        seconds = found["seconds"]
+        assert set(seconds) >= {*pipeline.MODEL[:4], *pipeline.ONCE, "batches: padding", "saving", "logging"}
+        assert sum(seconds.values()) == pytest.approx(found["whole"])
+        assert found["in_model"] == pytest.approx(sum(seconds.get(part, 0) for part in pipeline.MODEL))
+    assert [vars(owner).get(name) for owner, name, _ in pipeline.PARTS] == before
+    assert "outside the model" in capsys.readouterr().out
+
+
+def test_pipeline_says_which_flags_do_not_go_together():
+    with pytest.raises(ValueError, match="--data_dir and --model are for one run"):
+        benchmark("pipeline").main(["--model", "somewhere"])
+    with pytest.raises(ValueError, match="--task mrpc needs --data_dir"):
+        benchmark("pipeline").main(["--runs", "glue", "--task", "mrpc"])
+
+
+def test_all(tmp_path, capfd, monkeypatch):
+    everything = benchmark("all")
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*everything.SMALL, "all", *SHARED}
+    everything.main(["--small", "--only", "composition", "padding", "--records", str(tmp_path)])
+    assert read_json(tmp_path / "composition.json")["benchmark"] == "composition"
+    printed = capfd.readouterr().out
+    assert "times the bag" in printed and "padding is left out" in printed
+    monkeypatch.setitem(everything.SMALL, "composition", "--rounds 0")
+    with pytest.raises(ValueError, match="failed: composition"):
+        everything.main(["--small", "--only", "composition"])
 
 
 @pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading", "composition"])
