@@ -2,10 +2,11 @@
 
     python benchmarks/exchange.py [--layers 12] [--width 768] [--num_vectors 2048] [--steps 5] [--record FILE]
 
-DistributedDataParallel on two gloo processes of this machine, with its defaults. Bytes are those that one process hands
-over: its gradients, counted in a communication hook, and the buffers that DDP sends from the first process to the
-others before a forward pass. Beside them the largest difference, after all steps, of a trained number from training in
-one process with both processes' rows (in float32 and float64), and what the same counts give at Llama2-7B's shape.
+DistributedDataParallel on two gloo processes of this machine, with its defaults and, for VB-LoRA here, without its
+sending of buffers. Bytes are those that one process hands over: its gradients, counted in a communication hook, and the
+buffers that DDP sends from the first process to the others before a forward pass. Beside them the largest difference,
+after all steps, of a trained number from training in one process with both processes' rows (in float32 and float64),
+and what the same counts give at Llama2-7B's shape.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from vblora.training import commands
 
 WORLD, BATCH, LENGTH, VOCABULARY = 2, 1, 32, 256  # rows of one process and step, and their tokens
 R, K = 4, 2  # of the ways in step_time.py
-COMPARED = (LORA, PEFT, HERE)
+QUIET = f"{HERE}, broadcast_buffers=False"  # the buffers follow from what is trained, the same in every process
+COMPARED = (LORA, PEFT, HERE, QUIET)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 GOAL_BYTES, GOAL_DIFFERENCE = 0.01, 1e-5
 ATTENTION, MLP = DECODER[:4], DECODER[4:6]
@@ -91,6 +93,7 @@ def counted(shapes: list[LayerShape], h: int, b: int) -> dict[str, int]:
         LORA: sum(R * (shape.in_features + shape.out_features) for shape in shapes),
         PEFT: n * h + h * b,
         HERE: n * K + h * b,
+        QUIET: n * K + h * b,
     }
     return {way: 4 * count for way, count in numbers.items()}
 
@@ -115,10 +118,10 @@ def process(rank: int, folder: str, options: argparse.Namespace) -> None:
 def train(way: str, dtype: str, rank: int | None, options: argparse.Namespace) -> dict[str, Any]:
     """What is trained after all steps, by one process of several or (rank None) by one with all rows."""
     torch.set_default_dtype(DTYPES[dtype])
-    model, optimizer = WAYS[way](*build(options))
+    model, optimizer = WAYS[HERE if way == QUIET else way](*build(options))
     parallel, meter = model, None
     if rank is not None:
-        parallel = DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model, broadcast_buffers=way != QUIET)
         meter = Meter(parallel)
     for rows in batches(options.steps):
         own = rows if rank is None else rows[rank * BATCH : (rank + 1) * BATCH]
@@ -214,7 +217,7 @@ def render(results: dict[str, Any]) -> str:
     large = results["llama2_7b"]
     lines += ["", "Llama2-7B, all linear layers, h 2048, b 256, gradients counted:", ""]
     lines += ["| | bytes | of PEFT's VB-LoRA |", "|---|---:|---:|"]
-    lines += [f"| {way} | {number:,} | {number / large[PEFT]:.2%} |" for way, number in large.items()]
+    lines += [f"| {way} | {large[way]:,} | {large[way] / large[PEFT]:.2%} |" for way in (LORA, PEFT, HERE)]
     goal = f"Goals: {GOAL_BYTES:.0%} of PEFT's bytes, a difference of {GOAL_DIFFERENCE:.0e}."
     return "\n".join([*lines, "", goal])
 

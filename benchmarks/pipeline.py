@@ -67,6 +67,7 @@ PARTS: list[tuple[Any, str, str]] = [
     (train, "load_tokenizer", "loading the model"),
     (train, "apply_method", "loading the model"),
     (AdapterTrainer, "train", REST),
+    (accelerate.Accelerator, "free_memory", "beginning: else"),  # a garbage collection as training begins
     (_MapDatasetFetcher, "fetch", "batches: rows"),
     (DataCollatorWithPadding, "__call__", "batches: padding"),
     (causal.Padded, "__call__", "batches: padding"),
