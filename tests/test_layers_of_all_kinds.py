@@ -313,3 +313,33 @@ def test_singular_factors_are_those_of_the_quantised_weight(form, after_a_pass):
         assert error < {"nf4": 0.12, "int8": 0.02}[form]
     adapter = stir(vblora.attach(model, config_for("lora_xs", "llama")))
     assert adapter.svd_in.isfinite().all() and adapter.svd_out.isfinite().all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_that_another_hook_keeps_stays_what_it_was(bias):
+    """A plain layer's output is added to in place, unless someone else may hold it."""
+    model = nn.Sequential(nn.Linear(6, 6, bias=bias), nn.Linear(6, 4, bias=bias))
+    x, kept = torch.randn(3, 2, 6), []
+    base = model[1](model[0](x))
+    model[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    settings = {"num_vectors": 9, "vector_length": 3, "init_vector_bank_bound": 0.5}
+    vblora.attach(model, vblora.VBLoRAConfig(target_modules=["1"], **settings), seed=1)
+    with torch.no_grad():
+        adapted = model(x)
+    torch.testing.assert_close(kept[0], base)
+    assert (adapted - base).abs().max() > 0.01
+
+
+def test_gradients_through_the_sum_in_place_are_those_of_a_new_tensor():
+    from vblora.adapter import add_low_rank, add_low_rank_
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 5), (2, 3, 4), (2, 4), (2, 5)]  # output, x, A, B transposed
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    found = []
+    for add in (add_low_rank, add_low_rank_):
+        result = add(leaves[0] * 2, *leaves[1:])
+        found.append([result, *torch.autograd.grad(result.square().sum(), leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert type(found[1][0].grad_fn).__name__ == "_AddLowRankBackward"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import keyword
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -126,6 +126,7 @@ class Adapter(nn.Module):
         self._merged_over = 0  # adapters that were merged before this one
         self._enabled = True
         self._composition: _Composition | None = None
+        self._composed: tuple[Tensor, ...] | None = None  # for compiled layers: what the running pass composed
         self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
 
     # -- what a method writes ------------------------------------------------------------------------------------
@@ -367,28 +368,41 @@ class Adapter(nn.Module):
         tensors = [*self._parameters.values(), *self._buffers.values()]
         return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
 
-    def _add_to(self, output: Tensor, x: Tensor, indices: list[int]) -> Tensor:
+    def _add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
         """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
-        factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
-        x = x.to(device=output.device, dtype=output.dtype)
-        x = F.dropout(x, self.config.dropout, self.training)
-        flat = output.reshape(-1, output.shape[-1])
-        with torch.autocast(output.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            factors = self._traced_factors(output.dtype, output.device)
+        else:
+            factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
+        if x.dtype != output.dtype or x.device != output.device:
+            x = x.to(device=output.device, dtype=output.dtype)
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        with _without_autocast(output.device.type):
             if self.outputs[self.shapes[indices[0]].name] == slice(None):
-                a, b = factors[indices[0]]
-                hidden = F.linear(x, a)  # (..., r)
-                return torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), b).view(output.shape)
-            hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
-            parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
-            sums = list(flat.split(self.shapes[indices[0]].out_features, dim=-1))  # parts are equally wide
-            for index, part in zip(indices, parts, strict=True):
-                at = self.outputs[self.shapes[index].name].start // self.shapes[index].out_features
-                sums[at] = torch.addmm(sums[at], part, factors[index][1])
-            return torch.cat(sums, dim=-1).view(output.shape)
+                add = add_low_rank_ if in_place else add_low_rank
+                return add(output, x, *factors[indices[0]])
+            return self._add_to_parts(output, x, indices, factors)
+
+    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: list[Factors]) -> Tensor:
+        """The same for a layer that is several in one (`split_modules`)."""
+        hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
+        parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
+        flat = output.reshape(-1, output.shape[-1])
+        sums = list(flat.split(self.shapes[indices[0]].out_features, dim=-1))  # parts are equally wide
+        for index, part in zip(indices, parts, strict=True):
+            at = self.outputs[self.shapes[index].name].start // self.shapes[index].out_features
+            sums[at] = torch.addmm(sums[at], part, factors[index][1])
+        return torch.cat(sums, dim=-1).view(output.shape)
+
+    def _traced_factors(self, dtype: torch.dtype, device: torch.device) -> list[Factors]:
+        """While torch.compile traces: from what was composed before the first layer, with none of the bookkeeping."""
+        assert self._composed is not None
+        return self.factors(tuple(t.to(device=device, dtype=dtype) for t in self._composed))
 
     def __getstate__(self) -> dict[str, Any]:
         # The composition is a cache with a graph in it: neither can nor should be copied.
-        return {**self.__dict__, "_composition": None}
+        return {**self.__dict__, "_composition": None, "_composed": None}
 
 
 class _Composition:
@@ -455,6 +469,57 @@ class _Joint(torch.autograd.Function):
         return (None, *gradients)
 
 
+def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """output + x A^T B^T as a new tensor, from A (r, in) and B transposed (r, out)."""
+    hidden = F.linear(x, a)  # (..., r)
+    flat = output.reshape(-1, output.shape[-1])
+    return torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), b).view(output.shape)
+
+
+def add_low_rank_(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The same within `output`, which saves a copy of it; where that cannot be, `add_low_rank`.
+
+    A layer with a bias gives a view of a matrix, whose gradient autograd would copy for what is written to it.
+    """
+    special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if special or not output.is_contiguous():
+        return add_low_rank(output, x, a, b)
+    if torch.is_grad_enabled():
+        return add_low_rank(output, x, a, b) if output._is_view() else _AddLowRank.apply(output, x, a, b)
+    hidden = F.linear(x, a)
+    output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), b)
+    return output
+
+
+class _AddLowRank(torch.autograd.Function):
+    """output += x A^T B^T."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        hidden = F.linear(x, a)  # (..., r)
+        flat = hidden.view(-1, hidden.shape[-1])
+        output.view(-1, output.shape[-1]).addmm_(flat, b)
+        ctx.mark_dirty(output)
+        ctx.save_for_backward(x, a, b, flat)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, b, hidden = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])  # (rows, out)
+        of_hidden = flat @ b.T  # (rows, r)
+        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:]
+        of_x = (of_hidden @ a).view(x.shape) if needs_x else None
+        of_a = of_hidden.T @ x.reshape(-1, x.shape[-1]) if needs_a else None
+        of_b = hidden.T @ flat if needs_b else None
+        return gradient, of_x, of_a, of_b
+
+
+def _without_autocast(device: str) -> Any:
+    """Switches autocast off, where it is on: entering its context at every layer costs more than a small product."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 # Hooks are small objects, not closures: a deep copy of the model copies them and the adapter they hold together.
 
 
@@ -465,8 +530,9 @@ class _RootHook:
         self.adapter = adapter
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        if self.adapter._enabled and not self.adapter._merged:
-            self.adapter._current()
+        adapter = self.adapter
+        if adapter._enabled and not adapter._merged:
+            adapter._composed = adapter.compose() if torch.compiler.is_compiling() else adapter._current().tensors
 
 
 class _LayerHook:
@@ -480,7 +546,9 @@ class _LayerHook:
         if not self.adapter._enabled or self.adapter._merged:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
-        return self.adapter._add_to(output, x, self.indices)
+        # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
+        in_place = type(module) is nn.Linear and len(module._forward_hooks) == 1
+        return self.adapter._add_to(output, x, self.indices, in_place)
 
 
 class _EmbeddingHook:

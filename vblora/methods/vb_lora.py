@@ -95,7 +95,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self._select()
 
     def compose(self) -> tuple[Tensor, ...]:
-        self._warn_if_not_reselected()
+        if not torch.compiler.is_compiling():
+            self._warn_if_not_reselected()
         return (compose(self.vector_bank, self.topk_indices, self.topk_logits),)
 
     def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
