@@ -35,7 +35,7 @@ from vblora.training import commands
 
 WORLD, BATCH, LENGTH, VOCABULARY = 2, 1, 32, 256  # rows of one process and step, and their tokens
 R, K = 4, 2  # of the ways in step_time.py
-QUIET = f"{HERE}, buffers kept from DDP"  # they follow from what is trained, and are the same in every process
+QUIET = f"{HERE}, forward_sync_buffers=False"  # they follow from what is trained, and are the same in every process
 COMPARED = (LORA, PEFT, HERE, QUIET)
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 GOAL_BYTES, GOAL_DIFFERENCE = 0.01, 1e-5
@@ -121,10 +121,7 @@ def train(way: str, dtype: str, rank: int | None, options: argparse.Namespace) -
     model, optimizer = WAYS[HERE if way == QUIET else way](*build(options))
     parallel, meter = model, None
     if rank is not None:
-        if way == QUIET:
-            names = [name for name, _ in model.named_buffers()]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-        parallel = DistributedDataParallel(model)
+        parallel = DistributedDataParallel(model, forward_sync_buffers=way != QUIET)
         meter = Meter(parallel)
     for rows in batches(options.steps):
         own = rows if rank is None else rows[rank * BATCH : (rank + 1) * BATCH]

@@ -49,7 +49,7 @@ def test_exchange(tmp_path, capsys):
     command = "--layers 1 --width 64 --num_vectors 64 --vector_length 32 --steps 2 --record"
     importlib.import_module("exchange").main([*command.split(), str(record)])  # its processes import it by its name
     found = read_json(record)
-    quiet = found["ways"]["VB-LoRA here, buffers kept from DDP"]
+    quiet = found["ways"]["VB-LoRA here, forward_sync_buffers=False"]
     assert quiet["bytes"]["buffers"] == 0
     for way, one in found["ways"].items():
         assert one["bytes"]["gradients"] == found["counted"][way]

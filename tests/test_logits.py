@@ -56,7 +56,7 @@ def test_a_table_begins_with_the_largest_from_the_largest_down():
     table = table_of()
     dense = torch.cat(list(draw(table.config, 50, 5)[1]))
     assert torch.equal(table.values, dense.topk(8).values) and torch.equal(table.dense(), dense)
-    assert table.indices.dtype == torch.int16 and not table.is_full
+    assert table.indices.dtype == torch.int32 and not table.is_full
 
 
 @pytest.mark.parametrize("width", [24, 300])

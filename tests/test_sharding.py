@@ -27,7 +27,7 @@ def adapted(method):
     model = tiny_llama(50)
     torch.manual_seed(1)
     config = {
-        "vblora": vblora.VBLoRAConfig(r=2, num_vectors=12, vector_length=16, topk=2, target_modules="all-linear"),
+        "vblora": vblora.VBLoRAConfig(r=2, num_vectors=120, vector_length=16, topk=2, target_modules="all-linear"),
         "tied_lora": vblora.TiedLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]),
     }[method]
     adapter = vblora.attach(model, config)

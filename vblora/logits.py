@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from vblora.bank import select, smallest_index_dtype
+from vblora.bank import select
 
 if TYPE_CHECKING:
     from vblora.methods.vb_lora import VBLoRAConfig
@@ -74,7 +74,7 @@ class LogitTable(nn.Module):
         super().__init__()
         self.config = config
         self.rows = rows
-        kind = smallest_index_dtype(config.num_vectors)
+        kind = torch.uint8 if config.num_vectors <= 256 else torch.int32  # 16 bits can be sent by neither gloo nor NCCL
         self.register_buffer("indices", torch.zeros(rows, config.topk, dtype=kind))
         self.register_buffer("values", torch.zeros(rows, config.topk))
         self.register_buffer("slots", torch.zeros(rows, config.topk, dtype=torch.long))
@@ -162,10 +162,10 @@ class LogitTable(nn.Module):
         self.values = torch.cat(values).to(self.values)
 
     def _fitting(self, taken: int) -> int:
-        """A width that leaves slots to go on with where `taken` are: `START` times 3/2, until it is half of h."""
+        """A width that leaves slots to go on with where `taken` are: `START`, then 5/4 of it, until it is half of h."""
         width = START
         while width < taken + 2 * self.config.topk + 2:
-            width = -(-width * 3 // 16) * 8
+            width = -(-width * 5 // 32) * 8  # a multiple of eight
         return width if 2 * width <= self.config.num_vectors else self.config.num_vectors
 
     # -- training ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from vblora.training.instruction_data import FORMS
 GIB = 2**30
 FOUR_BIT = (4 + 0.127) / 8  # bytes of a weight: NF4, and its block scales double quantised (QLoRA, section 3)
 STATE = 16  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, in float32
-SLOTS = 112  # of a sub-vector's logits (vblora/logits.py): the width for up to 106 entries that were ever selected
+SLOTS = 96  # of a sub-vector's logits (vblora/logits.py): the width for some 90 entries that were ever selected
 FIELDS = ("r", "num_vectors", "vector_length", "topk")  # of VB-LoRA; the other methods' counts go by r alone
 QV = ["q_proj", "v_proj"]  # of Llama, Mistral and Gemma
 
@@ -109,7 +109,7 @@ def adapter_sizes(model: Any, instruct: Any, method: Any) -> tuple[Count | None,
     # value and a gradient of their own, and two indices of eight bytes.
     count = sub_vectors(shapes, config.r, config.vector_length)
     table, selected = count * min(SLOTS, config.num_vectors), count * config.topk
-    return stored, STATE * config.num_vectors * config.vector_length + 14 * table + 24 * selected
+    return stored, STATE * config.num_vectors * config.vector_length + 16 * table + 24 * selected
 
 
 def target_modules(targets: str) -> Any:

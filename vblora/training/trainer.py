@@ -48,6 +48,10 @@ class AdapterTrainer(Trainer):
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
     ) -> None:
         _check_arguments(args, adapted)
+        if isinstance(adapted.adapter, Adapter) and args.ddp_broadcast_buffers is None:
+            # VB-LoRA's follow from the seed and from what is trained, which are the same everywhere. Sending them in
+            # every step would cost more than the gradients.
+            args.ddp_broadcast_buffers = False
         with _as_adapted(adapted):
             super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
