@@ -3,8 +3,9 @@
     python NLU/sizes.py [--task mrpc] [--records results/glue_minilm] [--packed results/packed_minilm.json]
 
 prints a table and draws docs/figures/bytes.png. The methods' points are the medians of Table 1's records, at the best
-epoch, with the bytes of the stored tensors; the packed ones are scored from their files (benchmarks/packed.py: one
-run). Bytes are without the head, which is the same in all of them.
+epoch, with the bytes of the stored tensors. Files, packed and PEFT's, are those of one run (benchmarks/packed.py),
+with names, settings and checksums, and scored from what is in them. Bytes are without the head, which is the same in
+all of them, and those on a shared bank without the bank, which is there once for all.
 """
 
 from __future__ import annotations
@@ -25,16 +26,24 @@ from vblora.storage.files import read_json
 from vblora.training import commands, tables
 
 PACKED = ROOT / "results" / "packed_minilm.json"
+# What of the packed settings is drawn, by bank and weights: all of them would lie over each other.
+LABELS: dict[tuple[str, str | int], str] = {
+    ("lossless", "lossless"): "packed, lossless",
+    ("float16", 16): "packed, float16",
+    ("int8", 8): "packed, int8",
+    ("shared", 8): "packed, shared bank",
+}
 
 
 class Size(NamedTuple):
-    """One way to store an adapter; the score and its deviation over seeds in percent."""
+    """One way to store an adapter; the score and its deviation over seeds in percent. Without a label: not drawn."""
 
     name: str
     bytes: int
     score: float
     deviation: float | None
     seeds: int
+    label: str
 
 
 def main(arguments: list[str]) -> None:
@@ -44,12 +53,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--records", nargs="+", type=Path, default=[RECORDS])
     parser.add_argument("--packed", type=Path, default=PACKED, help="a record of benchmarks/packed.py")
     parser.add_argument("--output", type=Path, default=OUTPUT / "bytes.png")
+    parser.add_argument("--no_picture", action="store_true", help="the table alone")
     options = parser.parse_args(arguments)
     found = table.read(options.records, required=True)
     sizes = of_methods(options.model, options.task, found) + of_files(read_json(options.packed), options.task)
     print(render(sorted(sizes, key=lambda size: -size.bytes)))
+    if options.no_picture:
+        return
     title = f"{table.MODEL_TITLES[options.model]}, {table.TASK_TITLES[options.task]}"
-    points = [Point(s.name, s.bytes, s.score, s.deviation, s.name.startswith("VB-LoRA")) for s in sizes]
+    points = [Point(s.label, s.bytes, s.score, s.deviation, s.name.startswith("VB-LoRA")) for s in sizes if s.label]
     with matplotlib.rc_context(STYLE):
         figure = draw_scores({title: points}, "score, best epoch (%)", "bytes of an adapter, without the head")
         save(figure, options.output)
@@ -64,7 +76,8 @@ def of_methods(model: str, task: str, found: Sequence[dict[str, Any]]) -> list[S
         (cell,) = table.cells(trials, found)
         stored = [r["stored_parameters"]["bytes"] for trial in trials for r in found if trial.is_of(r)]
         if cell.best is not None:
-            sizes.append(Size(table.method_title(method), stored[0], cell.best, cell.best_sd, cell.seeds))
+            name = table.method_title(method)
+            sizes.append(Size(name, stored[0], cell.best, cell.best_sd, cell.seeds, name))
     return sizes
 
 
@@ -78,10 +91,17 @@ def of_files(record: dict[str, Any], task: str) -> list[Size]:
     for run in record["adapters"].values():
         if run.get("task") != task:
             continue
+        if not any(row["bank"] == "shared" for row in run["rows"]):
+            name = "VB-LoRA, top-k file of PEFT"
+            sizes.append(Size(name, run["peft_bytes_without_heads"], 100 * run["trained_score"], None, 1, "top-k file"))
         for row in run["rows"]:
+            if row["heads"] == "int8":  # without the head it is the file before
+                continue
             bits = "" if row["weights"] == "lossless" else f", weights {row['weights']} bits"
             what = row["bank"] if row["bank"] == "lossless" else f"{row['bank']} bank{bits}"
-            sizes.append(Size(f"VB-LoRA packed, {what}", row["bytes_without_heads"], 100 * row["score"], None, 1))
+            label = LABELS.get((row["bank"], row["weights"]), "")
+            name = f"VB-LoRA packed, {what}"
+            sizes.append(Size(name, row["bytes_without_heads"], 100 * row["score"], None, 1, label))
     if not sizes:
         raise ValueError(f"no packed run of {task}; benchmarks/packed.py RUN --record FILE makes them")
     return sizes

@@ -1,6 +1,7 @@
 """What each setting of the packed form costs and loses: bytes, errors of the factors, and a trained run's score.
 
     python benchmarks/packed.py [RUN_OR_ADAPTER ...] [--glue_dir DIR] [--record results/packed.json]
+    python benchmarks/packed.py --show results/packed_minilm.json    # the scored runs of a record, in one table
 
 RUN is the output folder of NLU/run_glue.py (its best/ is taken) and is scored on the development set; one that was
 trained on another's bank (--bank_from) is packed without it. An adapter's folder or packed file by itself is not
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model_name_or_path", help="the runs' base model; as in training unless given")
     parser.add_argument("--model", help="the base model, where an adapter's folder names no layers (as vblora pack)")
     parser.add_argument("--record", type=Path, help="write the figures to this file too")
+    parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record's scored runs and stop")
     options = parser.parse_args(arguments)
+    if options.show:
+        print(render_runs(read_json(options.show)["adapters"].values()))
+        return
     results = {}
     for name in options.adapters:
         print(f"\n{name}\n")
@@ -170,6 +176,28 @@ def render(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if result["trained_score"] is not None:
         lines.append(f"\nScores are in percent; the run's record has {100 * result['trained_score']:.2f} for best/.")
+    return "\n".join(lines)
+
+
+def render_runs(results: Iterable[dict[str, Any]]) -> str:
+    """The scored runs of a record: of each setting the largest share of the top-k file, the largest error, and the
+    change of each score against the run's own."""
+    groups: dict[tuple[str, str, str], list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for run in results:
+        for row in run["rows"] if run["task"] else ():
+            groups.setdefault((row["bank"], str(row["weights"]), row["heads"]), []).append((run, row))
+    if not groups:
+        raise ValueError("no scored run in the record: give benchmarks/packed.py the output folders of NLU/run_glue.py")
+    tasks = list(dict.fromkeys(run["task"] for group in groups.values() for run, _ in group))
+    header = ["bank", "weights", "heads", "of the top-k file", "without heads", "largest error", *tasks]
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * 3 + " ---: |" * (len(header) - 3)]
+    for setting, group in groups.items():
+        whole = max(row["bytes"] / run["peft_bytes"] for run, row in group)
+        alone = max(row["bytes_without_heads"] / run["peft_bytes_without_heads"] for run, row in group)
+        error = max(row["largest_error"] for _, row in group)
+        change = {run["task"]: f"{100 * (row['score'] - run['trained_score']):+.2f}" for run, row in group}
+        cells = [*setting, f"{whole:.1%}", f"{alone:.1%}", f"{error:.2g}", *(change.get(task, "") for task in tasks)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

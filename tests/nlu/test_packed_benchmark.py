@@ -61,11 +61,18 @@ def test_a_run_on_anothers_bank_is_packed_without_it_and_sizes_are_drawn(benchma
     assert {row["bank"] for row in shared["rows"]} == {"shared"} and own["task"] == shared["task"] == "cola"
     assert shared["rows"][-1]["bytes_without_heads"] < own["rows"][-1]["bytes_without_heads"]
     assert shared["rows"][0]["score"] == pytest.approx(shared["trained_score"], abs=0.02)
+    capsys.readouterr()
+    benchmark.main(["--show", str(record)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| largest error | cola |") and len(lines) == 2 + 7 + 2
+    assert lines[2].startswith("| lossless | lossless | lossless |") and lines[2].endswith("| 0 | +0.00 |")
     picture = tmp_path / "bytes.png"
     folder = sizes.ROOT / "results" / "glue_minilm"
     sizes.main(["--task", "cola", "--records", str(folder), "--packed", str(record), "--output", str(picture)])
     out = capsys.readouterr().out
     assert "| VB-LoRA packed, shared bank, weights 8 bits |" in out and "| full fine-tuning | 90,855,944 |" in out
+    assert out.count("| VB-LoRA packed, int8 bank, weights 8 bits |") == 1  # the head, 8 or 16 bits, is not counted
+    assert out.count("| VB-LoRA, top-k file of PEFT |") == 1
     assert picture.stat().st_size > 10_000
     with pytest.raises(ValueError, match="no packed run of mrpc"):
         sizes.main(["--task", "mrpc", "--packed", str(record)])
