@@ -123,7 +123,13 @@ ABLATIONS: dict[str, Ablation] = {
     "bank_size": Ablation("Bank size", {f"h{h}": {"num_vectors": h} for h in (30, 90, 270)}),
     "shared_bank": Ablation(
         "One bank for several tasks: MRPC and others on the frozen bank that was trained on CoLA",
-        {"own_bank": {}, "bank_of_cola": {"bank_of": "cola"}},
+        {
+            "own_bank": {},
+            "bank_of_cola": {"bank_of": "cola"},
+            # With the bank frozen the logits have all the learning to do.
+            "bank_of_cola_logits0.1": {"bank_of": "cola", "learning_rate_logits": 0.1},
+            "bank_of_cola_logits1": {"bank_of": "cola", "learning_rate_logits": 1.0},
+        },
         method="vblora_all",
         task="mrpc",
     ),

