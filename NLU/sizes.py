@@ -29,7 +29,6 @@ PACKED = ROOT / "results" / "packed_minilm.json"
 # What of the packed settings is drawn, by bank and weights: all of them would lie over each other.
 LABELS: dict[tuple[str, str | int], str] = {
     ("lossless", "lossless"): "packed, lossless",
-    ("float16", 16): "packed, float16",
     ("int8", 8): "packed, int8",
     ("shared", 8): "packed, shared bank",
 }
@@ -54,11 +53,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--packed", type=Path, default=PACKED, help="a record of benchmarks/packed.py")
     parser.add_argument("--output", type=Path, default=OUTPUT / "bytes.png")
     parser.add_argument("--no_picture", action="store_true", help="the table alone")
+    parser.add_argument("--short", action="store_true", help="a table of what the picture shows, no picture")
     options = parser.parse_args(arguments)
     found = table.read(options.records, required=True)
     sizes = of_methods(options.model, options.task, found) + of_files(read_json(options.packed), options.task)
-    print(render(sorted(sizes, key=lambda size: -size.bytes)))
-    if options.no_picture:
+    shown = [size for size in sizes if size.label or not options.short]
+    print(render(sorted(shown, key=lambda size: -size.bytes)))
+    if options.no_picture or options.short:
         return
     title = f"{table.MODEL_TITLES[options.model]}, {table.TASK_TITLES[options.task]}"
     points = [Point(s.label, s.bytes, s.score, s.deviation, s.name.startswith("VB-LoRA")) for s in sizes if s.label]
@@ -93,7 +94,7 @@ def of_files(record: dict[str, Any], task: str) -> list[Size]:
             continue
         if not any(row["bank"] == "shared" for row in run["rows"]):
             name = "VB-LoRA, top-k file of PEFT"
-            sizes.append(Size(name, run["peft_bytes_without_heads"], 100 * run["trained_score"], None, 1, "top-k file"))
+            sizes.append(Size(name, run["peft_bytes_without_heads"], 100 * run["trained_score"], None, 1, ""))
         for row in run["rows"]:
             if row["heads"] == "int8":  # without the head it is the file before
                 continue

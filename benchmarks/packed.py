@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "NLU"))
 
 import run_glue  # noqa: E402
+import table  # noqa: E402
 import vblora  # noqa: E402
 from encoders import find_model  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
@@ -189,7 +190,8 @@ def render_runs(results: Iterable[dict[str, Any]]) -> str:
     if not groups:
         raise ValueError("no scored run in the record: give benchmarks/packed.py the output folders of NLU/run_glue.py")
     tasks = list(dict.fromkeys(run["task"] for group in groups.values() for run, _ in group))
-    header = ["bank", "weights", "heads", "of the top-k file", "without heads", "largest error", *tasks]
+    header = ["bank", "weights", "heads", "of the top-k file", "without heads", "largest error"]
+    header += [f"change on {table.TASK_TITLES.get(task, task)}" for task in tasks]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * 3 + " ---: |" * (len(header) - 3)]
     for setting, group in groups.items():
         whole = max(row["bytes"] / run["peft_bytes"] for run, row in group)

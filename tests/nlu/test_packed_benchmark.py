@@ -64,7 +64,7 @@ def test_a_run_on_anothers_bank_is_packed_without_it_and_sizes_are_drawn(benchma
     capsys.readouterr()
     benchmark.main(["--show", str(record)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("| largest error | cola |") and len(lines) == 2 + 7 + 2
+    assert lines[0].endswith("| largest error | change on CoLA |") and len(lines) == 2 + 7 + 2
     assert lines[2].startswith("| lossless | lossless | lossless |") and lines[2].endswith("| 0 | +0.00 |")
     picture = tmp_path / "bytes.png"
     folder = sizes.ROOT / "results" / "glue_minilm"
