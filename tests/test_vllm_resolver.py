@@ -14,14 +14,13 @@ import sys
 import threading
 import types
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
 from core_helpers import adapt, build, config_for
-from language_helpers import save_tiny_llama
+from language_helpers import save_tiny_llama, vllm_environment
 from safetensors.torch import load_file
 
 import vblora
@@ -438,11 +437,7 @@ def test_the_entry_point_names_it():
 @pytest.mark.vllm
 def test_the_real_server_gives_our_tokens(tmp_path):
     """scripts/serve_demo.sh, which ends with 0 only when every answer is as it must be."""
-    environment = dict(os.environ)
-    if find_spec("vllm") is not None:
-        environment.setdefault("VBLORA_VLLM_VENV", sys.prefix)
-    if "VBLORA_VLLM_VENV" not in environment and not (REPOSITORY / ".venv-vllm" / "installed").exists():
-        pytest.skip("vLLM is not installed: run scripts/serve_demo.sh, or name its environment with VBLORA_VLLM_VENV")
+    environment = {**os.environ, "VBLORA_VLLM_VENV": str(vllm_environment())}
     command = [REPOSITORY / "scripts" / "serve_demo.sh"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
