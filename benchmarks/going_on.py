@@ -1,6 +1,7 @@
 """Training goes on from a small file: from which loss, and where to, beside going on from all logits.
 
     python benchmarks/going_on.py RUN [--glue_dir DIR] [--steps 40] [--record results/going_on_minilm.json]
+    python benchmarks/going_on.py --show results/going_on_minilm.json
 
 RUN is the output folder of NLU/run_glue.py with VB-LoRA. Four copies of its model are trained on for some steps: from
 the last checkpoint (all logits), from best/ (the top-k form), and from two packed files of that; on the same batches
@@ -36,19 +37,26 @@ PACKED: dict[str, dict[str, Any]] = {
     "packed, lossless": {},
     "packed, int8, weights 8 bits, head float16": {"bank": "int8", "weights": 8, "heads": "float16"},
 }
+SOURCES = ("all logits", "top-k form", *PACKED)
 SHARE = 0.25  # of the run's rates: its schedule has ended near 0
 BATCH = 32
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN")
     parser.add_argument("--data_dir", help="the task's files; the hub unless given")
     parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders")
     parser.add_argument("--model_name_or_path", help="the run's base model; as in training unless given")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--record", type=Path, help="write the figures to this file too")
+    parser.add_argument("--show", type=Path, metavar="RECORD", help="print a record's table and stop")
     options = parser.parse_args(arguments)
+    if options.show:
+        print(render(read_json(options.show)))
+        return
+    if options.run is None:
+        raise ValueError("a run is needed: the output folder of NLU/run_glue.py")
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {options.steps}")
     plan, record = read_json(options.run / records.PLAN_FILE), read_json(options.run / records.RECORD_FILE)
@@ -137,7 +145,9 @@ def render(result: dict[str, Any]) -> str:
         "| going on from | loss before | first batch | last batches | loss after | score before | after |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, row in result["from"].items():
+    for name in SOURCES:  # a record's keys are sorted
+        if (row := result["from"].get(name)) is None:
+            continue
         losses = [row[key] for key in ("loss_before", "first_batch_loss", "last_batches_loss", "loss_after")]
         scores = [100 * row[key] for key in ("score_before", "score_after")]
         cells = [name, *(f"{loss:.4f}" for loss in losses), *(f"{score:.2f}" for score in scores)]

@@ -1,4 +1,4 @@
-"""benchmarks/packed.py: on a trained run, on adapters by themselves, and on nothing."""
+"""benchmarks/packed.py on a trained run, on adapters by themselves and on nothing; benchmarks/going_on.py on a run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import sizes
 from vblora.storage.files import read_json
 from vblora.storage.packing import pack_directory
 
-PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "packed.py"
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_packed", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("packed")
 
 
 def test_without_an_adapter_it_measures_robertas_shape(benchmark, tmp_path, capsys):
@@ -76,3 +80,24 @@ def test_a_run_on_anothers_bank_is_packed_without_it_and_sizes_are_drawn(benchma
     assert picture.stat().st_size > 10_000
     with pytest.raises(ValueError, match="no packed run of mrpc"):
         sizes.main(["--task", "mrpc", "--packed", str(record)])
+
+
+def test_going_on_starts_from_the_runs_loss(encoder, data, tmp_path, capsys):
+    places = ["--model_name_or_path", str(encoder), "--data_dir", str(data)]
+    small = ["--num_train_epochs", "1", "--disable_tqdm", "true", "--use_cpu", "true", "--seed", "0"]
+    rates = ["--learning_rate", "4e-3", "--learning_rate_vector_bank", "4e-3", "--learning_rate_logits", "1e-2"]
+    shape = ["--num_vectors", "10", "--vector_length", "16", "--task", "cola", "--method", "vblora"]
+    run = tmp_path / "run"
+    run_glue.main([*places, *small, *rates, *shape, "--output_dir", str(run)])
+    record = tmp_path / "record.json"
+    loaded("going_on").main([str(run), *places, "--steps", "2", "--record", str(record)])
+    found = read_json(record)
+    for name, row in found["from"].items():
+        close = 1e-2 if "int8" in name else 1e-5
+        assert row["loss_before"] == pytest.approx(found["run_loss"], rel=close), name
+    assert len(found["from"]) == 4
+    shown = capsys.readouterr().out
+    loaded("going_on").main(["--show", str(record)])
+    assert capsys.readouterr().out in shown and "| all logits | 0." in shown
+    with pytest.raises(ValueError, match="--steps must be at least 1"):
+        loaded("going_on").main([str(run), "--steps", "0"])
