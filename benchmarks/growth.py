@@ -5,7 +5,7 @@
 
 One of h, layers, r, k, tokens of a row and rows is varied at a time from a small Llama (4 layers, 256 wide, h 256,
 b 64, r 4, k 2, 4 rows of 64 tokens, all linear layers). Forward, backward and optimiser step; the three take turns, at
-all values of what is varied, and a figure is the median of the rounds. State is what training keeps beside the base
+all values of what is varied, and figures are medians of the rounds. State is what training keeps beside the base
 model, as in step_time.py. --plot draws growth_time.png and growth_state.png from a record and measures nothing.
 """
 
@@ -23,7 +23,7 @@ import torch
 from step_time import DECODER, HERE, LORA, PEFT, state_bytes, step
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from turns import keep, medians, parser, require_positive, take_turns
+from turns import keep, medians, parser, ratios, require_positive, take_turns
 
 import vblora
 from vblora.storage.files import read_json, replacing
@@ -97,11 +97,13 @@ def grow(axis: str, values: list[int], rounds: int) -> list[dict[str, Any]]:
             key = f"{value} {name}"
             ways[key] = attach(copy.deepcopy(base), point)
             steps[key] = partial(step, *ways[key], ids, ids, 1)
-    seconds = medians(take_turns(steps, rounds, warm_up=2))
+    seconds = take_turns(steps, rounds, warm_up=2)
+    at = {value: {name: seconds[f"{value} {name}"] for name in WAYS} for value in values}
     return [
         {
             "value": value,
-            "seconds": {name: seconds[f"{value} {name}"] for name in WAYS},
+            "seconds": medians(at[value]),
+            "times_lora": ratios(at[value], LORA),
             "state_bytes": {name: state_bytes(*ways[f"{value} {name}"]) for name in WAYS},
         }
         for value in values
@@ -143,13 +145,14 @@ WAYS = {LORA: _lora, PEFT: _peft, HERE: _here}
 
 
 def render(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    lines = [f"| | | {' | '.join(f'{w}, ms' for w in WAYS)} | {' | '.join(f'{w}, state MB' for w in WAYS)} |"]
-    lines.append("|---|---:|" + "---:|" * (2 * len(WAYS)))
+    heads = [f"{way}, {what}" for what in ("ms", "times LoRA's", "state MB") for way in WAYS]
+    lines = [f"| | | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
     for axis, points in found.items():
         for point in points:
             times = " | ".join(f"{1000 * point['seconds'][way]:.1f}" for way in WAYS)
             states = " | ".join(f"{point['state_bytes'][way] / 1e6:.2f}" for way in WAYS)
-            lines.append(f"| {axis} | {point['value']} | {times} | {states} |")
+            beside = " | ".join(f"{point['times_lora'][way]:.2f}" for way in WAYS)
+            lines.append(f"| {axis} | {point['value']} | {times} | {beside} | {states} |")
     return "\n".join(lines)
 
 

@@ -80,6 +80,7 @@ def test_growth(tmp_path, capsys):
     growth.main(["--axes", "h", "batch", "--points", "2", "--rounds", "1", "--record", str(record)])
     axes = read_json(record)["axes"]
     assert [point["value"] for point in axes["h"]] == [64, 128] and [p["value"] for p in axes["batch"]] == [1, 2]
+    assert all(point["times_lora"]["LoRA in PEFT"] == 1 for point in axes["h"])
     small, large = (point["state_bytes"] for point in axes["h"])
     assert small["LoRA in PEFT"] == large["LoRA in PEFT"] and small["VB-LoRA in PEFT"] < large["VB-LoRA in PEFT"]
     growth.main(["--plot", str(record), "--figures", str(tmp_path)])
