@@ -26,7 +26,7 @@ from transformers import (
     DataCollatorWithPadding,
     get_linear_schedule_with_warmup,
 )
-from turns import keep, require_positive
+from turns import report, require_positive
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "NLU"))
@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> None:
     require_positive(options, "steps", "num_vectors")
     rows = read(options.data_dir)
     runs = {str(std): train(rows, std, options) for std in options.stds}
-    print(render(runs, options.num_vectors))
     data = "generated" if options.data_dir is None else "a folder"
-    keep(options.record, "active_logits", {"num_vectors": options.num_vectors, "data": data, "runs": runs})
+    found = {"num_vectors": options.num_vectors, "data": data, "runs": runs}
+    report("active_logits", found, render(runs, options.num_vectors), options.record)
 
 
 def read(data_dir: str | None) -> Any:

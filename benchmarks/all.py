@@ -20,11 +20,13 @@ from vblora.training import commands
 FOLDER = Path(__file__).resolve().parent
 ONE_LAYER = "--layers 1 --width 64"
 SMALL: dict[str, str | None] = {  # the benchmarks in the order they run, each with its small setting if it has one
-    "step_time": "--shapes small --rounds 1",
+    "step_time": "--shapes small small_nf4 --rounds 1",
     "exchange": f"{ONE_LAYER} --num_vectors 64 --vector_length 32 --steps 2",
     "composition": "--rows 300 --num_vectors 64 --vector_length 32 --rounds 1",
     "generation": f"{ONE_LAYER} --batches 1 --rounds 1",
     "loading": f"{ONE_LAYER} --rounds 1",
+    "active_logits": "--steps 2 --num_vectors 64 --stds 0.01",
+    "scaling": "",
     "growth": "--axes h --points 2 --rounds 1",
     "pipeline": "--small",
     "padding": None,  # its batches are of 512 tokens, at least two

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft.tuners.vblora.layer import Linear as PeftLinear
 from torch import Tensor
-from turns import keep, medians, parser, ratios, require_positive, take_turns, timed
+from turns import medians, parser, ratios, report, require_positive, take_turns, timed
 
 from vblora.bank import compose, select
 from vblora.training import commands
@@ -41,8 +41,7 @@ def main(arguments: list[str]) -> None:
     if options.topk > options.num_vectors:
         raise ValueError(f"--topk {options.topk} is more than the {options.num_vectors} vectors of the bank")
     results = measure(options)
-    print(render(results))
-    keep(options.record, "composition", results)
+    report("composition", results, render(results), options.record)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

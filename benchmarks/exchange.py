@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
-from turns import keep, require_positive
+from turns import report, require_positive
 
 from vblora.counting import LayerShape, sub_vectors
 from vblora.training import commands
@@ -55,8 +55,7 @@ def main(arguments: list[str]) -> None:
     if options.width % options.vector_length:
         raise ValueError(f"--width {options.width} must be a multiple of --vector_length {options.vector_length}")
     results = measure(options)
-    print(render(results))
-    keep(options.record, "exchange", results)
+    report("exchange", results, render(results), options.record)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

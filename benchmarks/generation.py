@@ -19,7 +19,7 @@ from typing import Any
 import adapters
 import torch
 from torch import Tensor
-from turns import keep, medians, parser, ratios, require_positive, take_turns, timed
+from turns import medians, parser, ratios, report, require_positive, take_turns, timed
 
 import vblora
 from vblora.training import commands
@@ -38,9 +38,9 @@ def main(arguments: list[str]) -> None:
     require_positive(options, "rounds", "layers", "width", "batches")
     models = build(options.width, options.layers)
     results = {str(batch): measure(models, batch, options.rounds) for batch in options.batches}
-    print(render(results))
     shape = {"layers": options.layers, "width": options.width, "prompt": PROMPT, "new": NEW}
-    keep(options.record, "generation", {**shape, "rounds": options.rounds, "batches": results})
+    found = {**shape, "rounds": options.rounds, "batches": results}
+    report("generation", found, render(results), options.record)
 
 
 def build(width: int, layers: int) -> dict[str, Any]:

@@ -18,14 +18,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from step_time import DECODER, HERE, LORA, PEFT, state_bytes, step
+from step_time import DECODER, HERE, LORA, PEFT, WAYS, Shape, state_bytes, step
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
-from turns import keep, medians, parser, ratios, require_positive, take_turns
+from turns import medians, parser, ratios, report, require_positive, take_turns
 
-import vblora
 from vblora.storage.files import read_json, replacing
 from vblora.training import commands
 
@@ -62,6 +60,7 @@ TITLES = {
     "batch": "rows",
 }
 STATE_AXES = ("h", "layers", "r", "k")  # the others do not enter
+COMPARED = (LORA, PEFT, HERE)
 COLOURS = {LORA: "#0072B2", PEFT: "#D55E00", HERE: "#009E73"}
 MARKS = {LORA: "s", PEFT: "^", HERE: "o"}
 
@@ -79,8 +78,8 @@ def main(arguments: list[str]) -> None:
             print(file)
         return
     found = {axis: grow(axis, AXES[axis][: options.points], options.rounds) for axis in options.axes}
-    print(render(found))
-    keep(options.record, "growth", {"rounds": options.rounds, "default": asdict(Point()), "axes": found})
+    figures = {"rounds": options.rounds, "default": asdict(Point()), "axes": found}
+    report("growth", figures, render(found), options.record)
 
 
 # ------------------------------------------------------------------------------------------ measuring
@@ -93,21 +92,27 @@ def grow(axis: str, values: list[int], rounds: int) -> list[dict[str, Any]]:
     for value in values:
         point = replace(Point(), **{axis: value})
         base, ids = build(point)
-        for name, attach in WAYS.items():
+        for name in COMPARED:
             key = f"{value} {name}"
-            ways[key] = attach(copy.deepcopy(base), point)
+            ways[key] = WAYS[name](copy.deepcopy(base), shape(point))
             steps[key] = partial(step, *ways[key], ids, ids, 1)
     seconds = take_turns(steps, rounds, warm_up=2)
-    at = {value: {name: seconds[f"{value} {name}"] for name in WAYS} for value in values}
+    at = {value: {name: seconds[f"{value} {name}"] for name in COMPARED} for value in values}
     return [
         {
             "value": value,
             "seconds": medians(at[value]),
             "times_lora": ratios(at[value], LORA),
-            "state_bytes": {name: state_bytes(*ways[f"{value} {name}"]) for name in WAYS},
+            "state_bytes": {name: state_bytes(*ways[f"{value} {name}"]) for name in COMPARED},
         }
         for value in values
     ]
+
+
+def shape(point: Point) -> Shape:
+    """What step_time.py's ways need to know of a point."""
+    settings = {"r": point.r, "num_vectors": point.h, "vector_length": VECTOR_LENGTH, "topk": point.k}
+    return Shape(lambda: build(point)[0], DECODER, settings, point.batch, point.length)
 
 
 def build(point: Point) -> tuple[nn.Module, torch.Tensor]:
@@ -119,39 +124,14 @@ def build(point: Point) -> tuple[nn.Module, torch.Tensor]:
     return model.to(device), torch.randint(3, VOCABULARY, (point.batch, point.length), device=device)
 
 
-def _settings(point: Point) -> dict[str, Any]:
-    return {"r": point.r, "num_vectors": point.h, "vector_length": VECTOR_LENGTH, "topk": point.k}
-
-
-def _here(model: nn.Module, point: Point) -> Way:
-    vblora.attach(model, vblora.VBLoRAConfig(target_modules=DECODER, **_settings(point)), seed=0)
-    return model.train(), vblora.AdamW(vblora.param_groups(model, lr=1e-3, lr_vector_bank=1e-3, lr_logits=1e-2))
-
-
-def _peft(model: nn.Module, point: Point) -> Way:
-    return _with_peft(model, peft.VBLoRAConfig(target_modules=DECODER, vblora_dropout=0.0, **_settings(point)))
-
-
-def _lora(model: nn.Module, point: Point) -> Way:
-    return _with_peft(model, peft.LoraConfig(r=point.r, lora_alpha=point.r, target_modules=DECODER))
-
-
-def _with_peft(model: nn.Module, config: peft.PeftConfig) -> Way:
-    wrapped = peft.get_peft_model(model, config).train()
-    return wrapped, torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-3)
-
-
-WAYS = {LORA: _lora, PEFT: _peft, HERE: _here}
-
-
 def render(found: Mapping[str, list[dict[str, Any]]]) -> str:
-    heads = [f"{way}, {what}" for what in ("ms", "times LoRA's", "state MB") for way in WAYS]
+    heads = [f"{way}, {what}" for what in ("ms", "times LoRA's", "state MB") for way in COMPARED]
     lines = [f"| | | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
     for axis, points in found.items():
         for point in points:
-            times = " | ".join(f"{1000 * point['seconds'][way]:.1f}" for way in WAYS)
-            states = " | ".join(f"{point['state_bytes'][way] / 1e6:.2f}" for way in WAYS)
-            beside = " | ".join(f"{point['times_lora'][way]:.2f}" for way in WAYS)
+            times = " | ".join(f"{1000 * point['seconds'][way]:.1f}" for way in COMPARED)
+            states = " | ".join(f"{point['state_bytes'][way] / 1e6:.2f}" for way in COMPARED)
+            beside = " | ".join(f"{point['times_lora'][way]:.2f}" for way in COMPARED)
             lines.append(f"| {axis} | {point['value']} | {times} | {beside} | {states} |")
     return "\n".join(lines)
 
@@ -207,7 +187,7 @@ def _panel(panel: Any, axis: str, points: list[dict[str, Any]], what: str, scale
     """Time or state by one axis, on straight axes, so that linear growth is a line; state by h on two logarithmic ones,
     where it is a line too and small banks can be seen."""
     values = [point["value"] for point in points]
-    for way in WAYS:
+    for way in COMPARED:
         panel.plot(
             values,
             [point[what][way] * scale for point in points],

@@ -21,7 +21,7 @@ import adapters
 import peft
 import torch
 from torch import Tensor
-from turns import Seconds, keep, medians, parser, require_positive, take_turns, timed
+from turns import Seconds, medians, parser, report, require_positive, take_turns, timed
 
 import vblora
 from vblora.training import commands
@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> None:
         for seed, name in enumerate(NAMES):
             adapters.write(base, Path(folder) / name, seed)
         results = measure(base, Path(folder), options.rounds)
-    print(render(results))
-    keep(options.record, "loading", {"layers": options.layers, "width": options.width, **results})
+    shape = {"layers": options.layers, "width": options.width}
+    report("loading", {**shape, **results}, render(results), options.record)
 
 
 def measure(base: Any, folder: Path, rounds: int) -> dict[str, Any]:

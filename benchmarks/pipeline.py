@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from transformers import DataCollatorWithPadding, GenerationMixin, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
-from turns import keep, require_positive
+from turns import report, require_positive
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "NLG"), str(ROOT / "NLU")]  # first: NLG has a generation.py too
@@ -89,9 +89,9 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.runs:
             results[name] = measure(RUNS[name](options, Path(folder)), RUN_MAIN[name])
-    print("\n\n".join(render(name, found) for name, found in results.items()))
     shape = {name: getattr(options, name) for name in ("method", "task", "rows", "epochs")}
-    keep(options.record, "pipeline", {**shape, "runs": results})
+    text = "\n\n".join(render(name, found) for name, found in results.items())
+    report("pipeline", {**shape, "runs": results}, text, options.record)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from turns import keep
+from turns import report
 
 from vblora.counting import LayerShape, count_lora, sub_vectors
 from vblora.methods import VBLoRAConfig
@@ -38,8 +38,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     width = slots(options.active)
     results = {name: of_model(llama(*size), width) for name, size in SIZES.items()}
-    print(render(results, width))
-    keep(options.record, "scaling", {"slots": width, "models": results})
+    report("scaling", {"slots": width, "models": results}, render(results, width), options.record)
 
 
 def slots(record: Path) -> int:

@@ -10,24 +10,21 @@ keeps beside the base model: parameters, their gradients, the optimiser's tensor
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
+from turns import medians, parser, ratios, report, require_positive, take_turns
 
 import vblora
-from vblora.storage.files import write_json
 from vblora.training import commands
-from vblora.training.records import environment
 
 LORA, HERE, PEFT, FLOOR = "LoRA in PEFT", "VB-LoRA here", "VB-LoRA in PEFT", "floor"
 ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -41,6 +38,8 @@ class Shape:
     Attributes:
         accumulation: batches before an optimiser step.
         checkpointing: recompute activations in the backward pass.
+        dtype: of the base model.
+        four_bits: its linear layers are in NF4 with double quantisation; PEFT's VB-LoRA has no such layers.
     """
 
     build: Callable[[], nn.Module]
@@ -50,90 +49,121 @@ class Shape:
     length: int
     accumulation: int = 1
     checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+    four_bits: bool = False
+
+    @property
+    def settings(self) -> dict[str, int]:
+        return {"r": 4, "topk": 2, **self.bank}
 
 
-def roberta() -> nn.Module:
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=1000))
+def roberta(**sizes: int) -> nn.Module:
+    return RobertaForSequenceClassification(RobertaConfig(**{"vocab_size": 1000, **sizes}))
 
 
-def llama() -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12))
+def llama(**sizes: int) -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes))
 
 
 GLUE_BANK = {"num_vectors": 90, "vector_length": 256}
 LLAMA_BANK = {"num_vectors": 2048, "vector_length": 256}
+TWELVE = partial(llama, hidden_size=768, intermediate_size=2048, num_hidden_layers=12)
+SEVEN_B = partial(llama, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
 SHAPES = {
     "roberta_base": Shape(roberta, ENCODER, GLUE_BANK, 32, 64),
-    "llama_12": Shape(llama, DECODER, LLAMA_BANK, 4, 128),
-    "llama_12_accumulated": Shape(llama, DECODER, LLAMA_BANK, 4, 128, accumulation=4),
-    "llama_12_checkpointed": Shape(llama, DECODER, LLAMA_BANK, 4, 128, checkpointing=True),
+    "llama_12": Shape(TWELVE, DECODER, LLAMA_BANK, 4, 128),
+    "llama_12_accumulated": Shape(TWELVE, DECODER, LLAMA_BANK, 4, 128, accumulation=4),
+    "llama_12_checkpointed": Shape(TWELVE, DECODER, LLAMA_BANK, 4, 128, checkpointing=True),
 }
-SMALL = Shape(  # for a look at whether it runs
-    lambda: RobertaForSequenceClassification(
-        RobertaConfig(vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+GPU_SHAPES = {
+    "llama2_7b": Shape(SEVEN_B, DECODER, LLAMA_BANK, 4, 512, checkpointing=True, dtype=torch.bfloat16),
+    "llama2_7b_nf4": Shape(
+        SEVEN_B, DECODER, LLAMA_BANK, 4, 512, checkpointing=True, dtype=torch.bfloat16, four_bits=True
     ),
-    ENCODER,
-    {"num_vectors": 16, "vector_length": 32},
-    2,
-    8,
-)
+}
+SMALL_BANK = {"num_vectors": 16, "vector_length": 32}
+SMALL_SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {  # for a look at whether it runs
+    "small": Shape(partial(roberta, **SMALL_SIZES), ENCODER, SMALL_BANK, 2, 8),
+    "small_nf4": Shape(partial(llama, **SMALL_SIZES), DECODER, SMALL_BANK, 2, 8, four_bits=True),
+}
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, "small"], default=list(SHAPES))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--record", type=Path, help="write the figures to this file too")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {options.rounds}")
-    results = {name: measure(SHAPES.get(name, SMALL), options.rounds) for name in options.shapes}
-    print(render(results))
-    if options.record:
-        write_json(options.record, {"benchmark": "step_time", "rounds": options.rounds, **results, **environment()})
+    known = {**SHAPES, **GPU_SHAPES, **SMALL}
+    options_of = parser(__doc__, rounds=15)
+    options_of.add_argument("--shapes", nargs="+", choices=list(known), help="those for this machine unless given")
+    options = options_of.parse_args(arguments)
+    require_positive(options, "rounds")
+    names = options.shapes or list(GPU_SHAPES if torch.cuda.is_available() else SHAPES)
+    results = {name: measure(known[name], options.rounds) for name in names}
+    report("step_time", {"rounds": options.rounds, **results}, render(results), options.record)
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = shape.build().to(device)
-    if shape.checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    ways = {name: way(copy.deepcopy(base), shape) for name, way in WAYS.items()}
-    ids = torch.randint(3, 1000 if shape is not SMALL else 50, (shape.batch, shape.length), device=device)
+    base = build(shape, device)
+    ways = {name: way(twin(base), shape) for name, way in WAYS.items() if name != PEFT or not shape.four_bits}
+    ids = torch.randint(3, 1000, (shape.batch, shape.length), device=device)
     labels = ids if isinstance(base, LlamaForCausalLM) else ids[:, 0] % 2
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 2):
-        for name, (model, optimizer) in ways.items():
-            taken = step(model, optimizer, ids, labels, shape.accumulation)
-            if turn > 1:  # the first are to warm up
-                seconds[name].append(taken)
+    steps = {name: partial(step, *way, ids, labels, shape.accumulation) for name, way in ways.items()}
+    seconds = take_turns(steps, rounds, warm_up=2)
     return {
-        "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
-        "times_lora": {
-            name: statistics.median(a / b for a, b in zip(taken, seconds[LORA], strict=True))
-            for name, taken in seconds.items()
-        },
+        "seconds": medians(seconds),
+        "times_lora": ratios(seconds, LORA),
         "state_bytes": {name: state_bytes(*way) for name, way in ways.items()},
     }
+
+
+def build(shape: Shape, device: str) -> nn.Module:
+    with torch.device(device):
+        base = shape.build().to(shape.dtype)
+    if shape.four_bits:
+        in_four_bits(base, device, shape.dtype)
+    if shape.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return base
+
+
+def in_four_bits(model: nn.Module, device: str, dtype: torch.dtype) -> None:
+    """Quantise the linear layers of a Llama's blocks as QLoRA does."""
+    import bitsandbytes
+
+    for block in model.model.layers:  # type: ignore[union-attr]
+        for module in list(block.modules()):
+            for name, layer in list(module.named_children()):
+                if type(layer) is nn.Linear:
+                    new = bitsandbytes.nn.Linear4bit(
+                        layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+                    )
+                    new.load_state_dict({"weight": layer.weight.detach()})
+                    setattr(module, name, new.to(device))
+
+
+def twin(base: nn.Module) -> nn.Module:
+    """A copy of the model that shares its frozen matrices: four whole ones of 7B would not fit a GPU."""
+    return copy.deepcopy(base, {id(p): p for p in base.parameters() if p.ndim > 1})
 
 
 # ------------------------------------------------------------------------------------------ the four ways
 
 
 def _here(model: nn.Module, shape: Shape) -> tuple[nn.Module, torch.optim.Optimizer]:
-    vblora.attach(model, vblora.VBLoRAConfig(r=4, topk=2, target_modules=shape.targets, **shape.bank), seed=0)
+    vblora.attach(model, vblora.VBLoRAConfig(target_modules=shape.targets, **shape.settings), seed=0)
     groups = vblora.param_groups(model, lr=1e-3, lr_vector_bank=1e-3, lr_logits=1e-2)
     return model.train(), vblora.AdamW(groups)
 
 
 def _peft(model: nn.Module, shape: Shape) -> tuple[nn.Module, torch.optim.Optimizer]:
-    settings = peft.VBLoRAConfig(r=4, topk=2, target_modules=shape.targets, vblora_dropout=0.0, **shape.bank)
+    settings = peft.VBLoRAConfig(target_modules=shape.targets, vblora_dropout=0.0, **shape.settings)
     return _with_peft(model, settings)
 
 
 def _lora(model: nn.Module, shape: Shape) -> tuple[nn.Module, torch.optim.Optimizer]:
-    return _with_peft(model, peft.LoraConfig(r=4, lora_alpha=4, target_modules=shape.targets))
+    return _with_peft(
+        model, peft.LoraConfig(r=shape.settings["r"], lora_alpha=shape.settings["r"], target_modules=shape.targets)
+    )
 
 
 def _with_peft(model: nn.Module, settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -179,7 +209,7 @@ def render(results: dict[str, Any]) -> str:
         lines += [
             f"| {shape} | {way} | {1000 * found['seconds'][way]:.0f} | {found['times_lora'][way]:.3f} "
             f"| {found['state_bytes'][way] / 1e6:.1f} |"
-            for way in WAYS
+            for way in found["seconds"]
         ]
     return "\n".join(lines)
 

@@ -70,7 +70,8 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def keep(record: Path | None, name: str, found: Mapping[str, Any]) -> None:
-    """Write a benchmark's record, if a file for it is given."""
+def report(name: str, found: Mapping[str, Any], text: str, record: Path | None) -> None:
+    """Print a benchmark's text, and write it with the figures if a file for them is given."""
+    print(text)
     if record is not None:
-        write_json(record, {"benchmark": name, **found, **environment()})
+        write_json(record, {"benchmark": name, **found, "printed": text.split("\n"), **environment()})

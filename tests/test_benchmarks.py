@@ -14,6 +14,7 @@ from vblora.storage.files import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
+NOT_IN_ALL = ("all", "show", "going_on")  # the command itself, one that reads records, one that needs a run of GLUE
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -26,12 +27,33 @@ def benchmark(name):
 
 
 def test_step_time(tmp_path, capsys):
-    benchmark("step_time").main(["--shapes", "small", "--rounds", "1", "--record", str(tmp_path / "r.json")])
-    small = read_json(tmp_path / "r.json")["small"]
-    assert small["times_lora"]["LoRA in PEFT"] == 1 and all(value > 0 for value in small["seconds"].values())
-    state = small["state_bytes"]
-    assert state["floor"] < state["LoRA in PEFT"] and state["VB-LoRA here"] < state["VB-LoRA in PEFT"]
-    assert "VB-LoRA here" in capsys.readouterr().out
+    record = tmp_path / "r.json"
+    benchmark("step_time").main(["--shapes", "small", "small_nf4", "--rounds", "1", "--record", str(record)])
+    found = read_json(record)
+    for name in ("small", "small_nf4"):
+        small = found[name]
+        assert small["times_lora"]["LoRA in PEFT"] == 1 and all(value > 0 for value in small["seconds"].values())
+        state = small["state_bytes"]
+        assert state["floor"] < state["LoRA in PEFT"] and ("VB-LoRA in PEFT" in state) is (name == "small")
+    printed = capsys.readouterr().out
+    assert "VB-LoRA here" in printed
+    benchmark("show").main([str(record)])
+    assert capsys.readouterr().out == printed
+
+
+def test_active_logits_and_what_follows_on_paper(tmp_path, capsys):
+    record = tmp_path / "active.json"
+    command = ["--steps", "2", "--stds", "0.01", "--record", str(record)]
+    benchmark("active_logits").main(command)
+    (last,) = [at for at in read_json(record)["runs"]["0.01"] if at["step"] == 2]
+    assert 2 <= last["mean"] <= last["p99"] <= last["largest"] < last["width"] == 32
+    assert last["of_dense"] < 0.05
+    benchmark("scaling").main(["--active", str(record), "--record", str(tmp_path / "scaling.json")])
+    seven = read_json(tmp_path / "scaling.json")["models"]["Llama2-7B"]
+    assert seven["sub_vectors"] == 39_040 and seven["gradient_bytes"]["PEFT"] == 321_912_832
+    assert "Llama2-70B" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no record of active_logits"):
+        benchmark("scaling").main(["--active", str(tmp_path / "scaling.json")])
 
 
 def test_many_adapters(tmp_path, capsys):
@@ -46,7 +68,7 @@ def test_many_adapters(tmp_path, capsys):
 
 def test_exchange(tmp_path, capsys):
     record = tmp_path / "r.json"
-    command = "--layers 1 --width 64 --num_vectors 64 --vector_length 32 --steps 2 --record"
+    command = "--layers 1 --width 64 --num_vectors 300 --vector_length 32 --steps 2 --record"
     importlib.import_module("exchange").main([*command.split(), str(record)])  # its processes import it by its name
     found = read_json(record)
     quiet = found["ways"]["VB-LoRA here, forward_sync_buffers=False"]
@@ -133,7 +155,7 @@ def test_pipeline_says_which_flags_do_not_go_together():
 
 def test_all(tmp_path, capfd, monkeypatch):
     everything = benchmark("all")
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*everything.SMALL, "all", *SHARED}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*everything.SMALL, *NOT_IN_ALL, *SHARED}
     everything.main(["--small", "--only", "composition", "padding", "--records", str(tmp_path)])
     assert read_json(tmp_path / "composition.json")["benchmark"] == "composition"
     printed = capfd.readouterr().out
