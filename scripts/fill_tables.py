@@ -12,10 +12,12 @@ The tests hold every such table to the records.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,20 +29,57 @@ SCRIPTS = {
 TABLE = re.compile(r"(<!-- made by: (reproduce\.sh|python) ([^>]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def printed_by(program: str, arguments: list[str]) -> str:
-    """What reproduce.sh prints for these arguments, from records alone; or what Python does."""
+# Runs commands of one folder in one process, as most of the time goes into importing the same modules.
+RUNNER = """
+import contextlib, io, json, runpy, sys
+texts = []
+for script, *arguments in json.load(sys.stdin):
+    sys.argv = [script, *arguments]
+    sys.path[0] = script.rpartition("/")[0]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                sys.exit(f"{script} {arguments}: {end.code}")
+    texts.append(printed.getvalue())
+json.dump(texts, sys.stdout)
+"""
+
+
+def command_of(program: str, arguments: list[str], nothing: str) -> tuple[str, ...]:
+    """The script and its arguments: of reproduce.sh, which makes tables from records alone here, or of Python."""
     if program == "python":
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-    script = ROOT / SCRIPTS.get(arguments[0], "NLU/reproduce.py")
-    with tempfile.TemporaryDirectory() as nothing:
-        command = [sys.executable, str(script), arguments[0], "--no_runs", "--runs", nothing, *arguments[1:]]
-        return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+        return (str(ROOT / arguments[0]), *arguments[1:])
+    script = str(ROOT / SCRIPTS.get(arguments[0], "NLU/reproduce.py"))
+    return (script, arguments[0], "--no_runs", "--runs", nothing, *arguments[1:])
+
+
+def printed(commands: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """What each command prints."""
+    texts = {}
+    folder_of = {command: command[0].rpartition("/")[0] for command in commands}
+    for folder in set(folder_of.values()):
+        own = [command for command in folder_of if folder_of[command] == folder]
+        process = subprocess.run(
+            [sys.executable, "-c", RUNNER],
+            input=json.dumps(own),
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        texts |= dict(zip(own, json.loads(process.stdout.splitlines()[-1]), strict=True))
+    return texts
 
 
 def filled(text: str) -> str:
     """The text with each table made anew."""
-    return TABLE.sub(lambda found: f"{found[1]}\n{printed_by(found[2], found[3].split())}\n\n{found[5]}", text)
+    with tempfile.TemporaryDirectory() as nothing:
+        commands = [command_of(found[2], found[3].split(), nothing) for found in TABLE.finditer(text)]
+        texts = printed(commands)
+    tables = iter(texts[command].strip() for command in commands)
+    return TABLE.sub(lambda found: f"{found[1]}\n{next(tables)}\n\n{found[5]}", text)
 
 
 if __name__ == "__main__":
