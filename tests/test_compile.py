@@ -97,3 +97,24 @@ def test_a_compiled_model_can_be_switched_off_and_merged():
         adapter.merge()
         torch.testing.assert_close(compiled(**given).logits, adapted, atol=1e-5, rtol=1e-4)
         assert (adapted - base).abs().max() > 1e-3
+
+
+def test_a_compiled_layer_called_without_the_whole_model_uses_the_parameters_of_now():
+    torch.compiler.reset()
+    model, given = build("llama"), batch("llama")
+    _, optimizer = attach(model, "vblora")
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        before = model.model(given["input_ids"]).last_hidden_state  # no forward pass of the whole model yet
+    losses(model, model, optimizer, given)
+    model.train()
+    model(**given).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        compiled = model.model(given["input_ids"]).last_hidden_state
+        for layer in model.model.layers:
+            layer._compiled_call_impl = None
+        eager = model.model(given["input_ids"]).last_hidden_state
+    torch.testing.assert_close(compiled, eager)
+    assert (eager - before).abs().max() > 1e-3

@@ -343,3 +343,54 @@ def test_gradients_through_the_sum_in_place_are_those_of_a_new_tensor():
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
     assert type(found[1][0].grad_fn).__name__ == "_AddLowRankBackward"
+
+
+def test_second_derivatives_go_through_the_sum_in_place():
+    from vblora.adapter import add_low_rank_
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3), (2, 4), (2, 4), (2, 3)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradgradcheck(lambda output, *rest: add_low_rank_(output * 2, *rest), inputs)
+
+
+def test_selective_checkpointing_finds_the_outputs_that_it_kept():
+    """It keeps what the base layer gave and gives it out again: that must not be what the sum was written to."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+
+    class Checkpointed(nn.Module):
+        def __init__(self, block, selective):
+            super().__init__()
+            self.block, self.selective = block, selective
+
+        def forward(self, x):
+            return (
+                checkpoint(self.block, x, use_reentrant=False, context_fn=contexts) if self.selective else self.block(x)
+            )
+
+    def gradient(selective):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh())
+        settings = {"num_vectors": 50, "vector_length": 4, "init_vector_bank_bound": 0.5}
+        model = Checkpointed(block, selective)
+        adapter = vblora.attach(model, vblora.VBLoRAConfig(target_modules=["0", "2"], **settings), seed=0)
+        model(torch.randn(2, 3, 8)).square().sum().backward()
+        return adapter.vector_bank.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_a_hook_of_all_modules_sees_the_base_layers_output():
+    layer = nn.Sequential(nn.Linear(6, 4, bias=False))
+    x, kept = torch.randn(3, 2, 6), []
+    base = layer(x)
+    settings = {"num_vectors": 9, "vector_length": 2, "init_vector_bank_bound": 0.5, "target_modules": ["0"]}
+    vblora.attach(layer, vblora.VBLoRAConfig(**settings), seed=1)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        layer(x)
+    handle.remove()
+    torch.testing.assert_close(kept[0], base)

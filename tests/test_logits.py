@@ -33,19 +33,18 @@ def table_of(rows=50, seed=5, **settings):
     return table
 
 
-def by_state(pair):
-    """A fresh pair, of other initial values, that has taken over both state dicts."""
+def states_of(pair):
+    """The state dicts of the model and of the optimiser, by way of a file."""
     buffer = io.BytesIO()
     torch.save({"model": pair.model.state_dict(), "optimizer": pair.ours.state_dict()}, buffer)
     buffer.seek(0)
-    states = torch.load(buffer, weights_only=True)
-    return states
+    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("h", [7, 90, 300, 2048])
 def test_blocks_are_what_is_drawn_at_once(h, monkeypatch):
     settings = config(num_vectors=h)
-    blocks = [block for seed in (3,) for block in draw(settings, 133, seed)[1]]
+    blocks = list(draw(settings, 133, 3)[1])
     monkeypatch.setattr(logits, "BLOCK", 1 << 30)
     bank, whole = draw(settings, 133, 3)
     assert len(blocks) > 1 or h < 30
@@ -113,7 +112,7 @@ def test_training_goes_on_from_state_dicts_of_any_width(weight_decay):
     straight = Pair(5e-3, **settings)
     for step in range(40):
         straight.step(step)
-    states, second = by_state(straight), Pair(5e-3, seed=77, **settings)
+    states, second = states_of(straight), Pair(5e-3, seed=77, **settings)
     second.model.load_state_dict(states["model"])
     second.ours.load_state_dict(states["optimizer"])
     assert second.adapter.logits.width == straight.adapter.logits.width > 8
@@ -146,7 +145,7 @@ def test_training_goes_on_from_a_full_file_and_the_optimisers_state(tmp_path, st
     if not known_seed:
         straight.adapter.init_seed = None
     straight.adapter.save(tmp_path / "a", form="full")
-    states, second = by_state(straight), Pair(seed=77, **settings)
+    states, second = states_of(straight), Pair(seed=77, **settings)
     vblora.storage.restore(second.adapter, tmp_path / "a")
     second.ours.load_state_dict(states["optimizer"])
     train(straight, range(steps, 80))
@@ -166,6 +165,37 @@ def test_moments_follow_their_entries_when_the_table_is_made_anew():
             other.adapter.select(other.adapter.dense_logits())
             assert not torch.equal(before, other.adapter.logits.indices[:, : before.shape[1]])
     assert torch.equal(one.adapter.dense_logits(), other.adapter.dense_logits())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moments_of_a_trained_run_on_initial_logits(dtype):
+    """Entries with moments and the values they were drawn with, most of them not selected: they move all the same."""
+
+    def make():
+        model = build("stack")
+        adapter = adapt(model, num_vectors=600, init_logits_std=0.01, seed=1)
+        model.to(dtype)
+        dense = torch.nn.Parameter(adapter.dense_logits())
+        ours = vblora.AdamW([{"params": [adapter.topk_logits], "lr": 1e-2}])
+        return adapter, ours, dense, torch.optim.AdamW([dense], lr=1e-2, weight_decay=0.0)
+
+    def train(adapter, ours, dense, reference):
+        generator = torch.Generator().manual_seed(4)
+        for _ in range(20):
+            gradient = (torch.randn(adapter.topk_logits.shape, generator=generator) + 1).to(dtype)
+            adapter.topk_logits.grad = gradient
+            dense.grad = torch.zeros_like(dense).scatter(1, adapter.topk_indices, gradient)
+            ours.step()
+            reference.step()
+
+    trained, fresh = make(), make()
+    train(*trained)
+    for optimizer in (1, 3):
+        fresh[optimizer].load_state_dict(copy.deepcopy(trained[optimizer].state_dict()))
+    train(*fresh)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    difference = (fresh[0].dense_logits() - fresh[2]).abs()
+    assert difference.max() <= tolerance if dtype == torch.float64 else difference.mean() <= tolerance
 
 
 def test_a_copy_of_model_and_optimiser_trains_on_by_itself():

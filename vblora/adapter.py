@@ -126,7 +126,7 @@ class Adapter(nn.Module):
         self._merged_over = 0  # adapters that were merged before this one
         self._enabled = True
         self._composition: _Composition | None = None
-        self._composed: tuple[Tensor, ...] | None = None  # for compiled layers: what the running pass composed
+        self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
         self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
 
     # -- what a method writes ------------------------------------------------------------------------------------
@@ -303,6 +303,7 @@ class Adapter(nn.Module):
         self.to(_device_of(next(iter(self.targets.values()))))
         model.add_module(name, self)
         self._handles.append(model.register_forward_pre_hook(_RootHook(self)))
+        self._handles.append(model.register_forward_hook(_RootEndHook(self)))
         embeddings = _input_embeddings(model)
         if embeddings is not None:
             self._handles.append(embeddings.register_forward_hook(_EmbeddingHook(self)))
@@ -370,8 +371,9 @@ class Adapter(nn.Module):
 
     def _add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
         """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
+        factors: Mapping[int, Factors] | Sequence[Factors]
         if torch.compiler.is_compiling():
-            factors = self._traced_factors(output.dtype, output.device)
+            factors = self._traced_factors(indices, output.dtype, output.device)
         else:
             factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
         if x.dtype != output.dtype or x.device != output.device:
@@ -384,7 +386,7 @@ class Adapter(nn.Module):
                 return add(output, x, *factors[indices[0]])
             return self._add_to_parts(output, x, indices, factors)
 
-    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: list[Factors]) -> Tensor:
+    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: Any) -> Tensor:
         """The same for a layer that is several in one (`split_modules`)."""
         hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
         parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
@@ -395,10 +397,24 @@ class Adapter(nn.Module):
             sums[at] = torch.addmm(sums[at], part, factors[index][1])
         return torch.cat(sums, dim=-1).view(output.shape)
 
-    def _traced_factors(self, dtype: torch.dtype, device: torch.device) -> list[Factors]:
-        """While torch.compile traces: from what was composed before the first layer, with none of the bookkeeping."""
-        assert self._composed is not None
-        return self.factors(tuple(t.to(device=device, dtype=dtype) for t in self._composed))
+    def _traced_factors(self, indices: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, Factors]:
+        """While torch.compile traces: what was composed before the first layer, with none of the bookkeeping.
+
+        A layer called without the whole model's forward pass composes for itself.
+        """
+        factors = self._traced_composition() if self._composed is None else self._composed
+        return {
+            i: (factors[i][0].to(device=device, dtype=dtype), factors[i][1].to(device=device, dtype=dtype))
+            for i in indices
+        }
+
+    def _traced_composition(self) -> list[Factors]:
+        with _without_autocast(self.parameter_device.type):
+            return self.factors(self.compose())
+
+    @property
+    def parameter_device(self) -> torch.device:
+        return next(self.parameters()).device
 
     def __getstate__(self) -> dict[str, Any]:
         # The composition is a cache with a graph in it: neither can nor should be copied.
@@ -409,6 +425,7 @@ class _Composition:
     """The factors of one forward pass (or of many, where nothing needs a gradient)."""
 
     def __init__(self, adapter: Adapter, state: tuple[Any, ...], want_graph: bool) -> None:
+        adapter._composed = None
         self.state = state
         self.used = False  # its graph has been through a backward pass
         # Layers called without gradients in a pass that has them: reentrant checkpointing will call them again,
@@ -416,7 +433,7 @@ class _Composition:
         self.to_recompute: set[int] = set()
         self._adapter = weakref.ref(adapter)
         self._by_precision: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
-        device = next(adapter.parameters()).device
+        device = adapter.parameter_device
         if device.type == "meta":
             raise ValueError(
                 f"the parameters of {type(adapter).__name__} were offloaded: attach the adapter after the model "
@@ -431,6 +448,7 @@ class _Composition:
             if self.has_graph:
                 tensors = self._joined(tensors)
         self.tensors: tuple[Tensor, ...] = tensors
+        self.own_precision = tensors[0].dtype, device
 
     def _joined(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tensors, with those that need a gradient passed through one `_Joint`."""
@@ -466,6 +484,8 @@ class _Joint(torch.autograd.Function):
         composition = ctx.composition()
         if composition is not None:
             composition.used = True
+            if (adapter := composition._adapter()) is not None:
+                adapter._composed = None  # a step has probably followed when a compiled layer is called by itself
         return (None, *gradients)
 
 
@@ -479,9 +499,15 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def add_low_rank_(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same within `output`, which saves a copy of it; where that cannot be, `add_low_rank`.
 
-    A layer with a bias gives a view of a matrix, whose gradient autograd would copy for what is written to it.
+    A layer with a bias gives a view of a matrix, whose gradient autograd would copy for what is written to it. Under a
+    dispatch mode, such as that of selective checkpointing, the output may be kept to be used again.
     """
-    special = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    special = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+    )
     if special or not output.is_contiguous():
         return add_low_rank(output, x, a, b)
     if torch.is_grad_enabled():
@@ -506,6 +532,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for a second derivative it is no constant
+            hidden = F.linear(x, a).view(hidden.shape)
         flat = gradient.reshape(-1, gradient.shape[-1])  # (rows, out)
         of_hidden = flat @ b.T  # (rows, r)
         needs_x, needs_a, needs_b = ctx.needs_input_grad[1:]
@@ -532,7 +560,22 @@ class _RootHook:
     def __call__(self, model: nn.Module, args: Any) -> None:
         adapter = self.adapter
         if adapter._enabled and not adapter._merged:
-            adapter._composed = adapter.compose() if torch.compiler.is_compiling() else adapter._current().tensors
+            if torch.compiler.is_compiling():
+                adapter._composed = adapter._traced_composition()
+            else:
+                composition = adapter._current()
+                adapter._composed = composition.factors(*composition.own_precision)
+
+
+class _RootEndHook:
+    """After a compiled model's forward pass: let the factors go, or they would be one of its results."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.adapter._composed = None
 
 
 class _LayerHook:
@@ -547,7 +590,8 @@ class _LayerHook:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
         # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
-        in_place = type(module) is nn.Linear and len(module._forward_hooks) == 1
+        kept = len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks
+        in_place = type(module) is nn.Linear and not kept
         return self.adapter._add_to(output, x, self.indices, in_place)
 
 

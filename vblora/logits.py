@@ -6,6 +6,9 @@ it was drawn (weight decay shrinks all such by one common factor). Two things fo
 - The next entry to enter a selection is always the largest that never was in one.
 - What was never selected need not be kept: the seed draws it again.
 
+(Weight decay on the logits, which the paper does not have, wants float32: in 16 bits the common factor, kept once for
+all, drifts from the entries in slots, which are rounded at every step.)
+
 So a table of C < h slots for each sub-vector is enough. It begins with the selected entries, and the others follow from
 the largest down: entries enter selections in the order of their slots, and before the last slot is reached the table is
 widened. Where most entries have been selected, or no seed is known, it holds all h.
@@ -31,7 +34,8 @@ BLOCK = 1 << 22  # numbers that are drawn at once: all N x h would be 320 MB for
 def draw(config: VBLoRAConfig, rows: int, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
     """Initial values: the bank (h, b), and the logits (N, h) as blocks of rows, from the first to the last.
 
-    Drawn on the CPU in float32 whatever the device, so that a seed means the same everywhere.
+    Drawn on the CPU in float32 whatever the device, so that a seed means the same on all of them; to the bit only on
+    processors of one kind, as PyTorch draws normal numbers in other ways on others.
     """
     h, bound = config.num_vectors, config.init_vector_bank_bound
     generator = torch.Generator().manual_seed(seed)
@@ -56,7 +60,7 @@ class LogitTable(nn.Module):
 
     Attributes:
         indices: which of the h entries a slot holds, (N, C).
-        values: its logit, (N, C). Those of the selected slots are current after `put` only: they train elsewhere.
+        values: its logit, (N, C). Between steps the selected ones train elsewhere, and `put` brings them here.
         slots: the selected slots, the largest logit first, (N, k).
         reached: the last slot that was ever selected, in any row.
         shrunk: what weight decay has multiplied the entries without a slot by.
@@ -264,7 +268,7 @@ class LogitTable(nn.Module):
         if self.reached.is_cuda:
             number = torch.empty((), dtype=torch.long, pin_memory=True).copy_(self.reached, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self.reached.device))
             self._noted = (number, event)
 
     def _highest(self) -> int:

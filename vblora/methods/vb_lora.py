@@ -120,7 +120,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     @torch.no_grad()
     def dense_logits(self) -> Tensor:
         """All h logits of each sub-vector, up to date: a new (N, h) tensor."""
-        return self._require_logits().dense().scatter(1, self.topk_indices, self.topk_logits.detach())
+        return self._require_logits().dense().scatter_(1, self.topk_indices, self.topk_logits.detach())
 
     @torch.no_grad()
     def select(self, logits: Tensor) -> None:

@@ -13,6 +13,7 @@ in one small file, and is read wherever a directory is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -211,12 +212,14 @@ def _read_content(
             check_heads(heads, head_tensors(saved))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _Content(native, heads, _seed_of(metadata))
+    return _Content(native, heads, seed_of(metadata))
 
 
-def _seed_of(metadata: dict[str, str]) -> int | None:
-    seed = metadata.get("init_seed", "")
-    return int(seed) if seed.isdecimal() else None
+def seed_of(metadata: dict[str, str]) -> int | None:
+    """The recorded seed, if it is one that PyTorch takes."""
+    text = metadata.get("init_seed", "")
+    seed = int(text) if re.fullmatch(r"-?\d{1,20}", text) else None
+    return seed if seed is not None and -(2**63) <= seed < 2**64 else None
 
 
 def _read_packed(
@@ -236,10 +239,12 @@ def _read_packed(
 
 def _take_over(adapter: Adapter, content: _Content, redraw: bool) -> None:
     adapter.init_seed = content.init_seed
+    adapter._composed = None
     with torch.inference_mode(False):
         adapter.load_tensors(content.native)
         if redraw and isinstance(adapter, VBLoRA) and adapter.logits is None:
-            adapter.redraw_logits(content.init_seed or 0)
+            adapter.init_seed = content.init_seed or 0
+            adapter.redraw_logits(adapter.init_seed)
     own = head_tensors(adapter.saved)
     with torch.no_grad():
         for key, tensor in content.heads.items():

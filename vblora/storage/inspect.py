@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vblora.methods.vb_lora import VBLoRAConfig
-from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, packed, read_config
+from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, packed, read_config, seed_of
 from vblora.storage.files import describe_dtype, read_tensors
 from vblora.storage.peft_format import BANK, PREFIX
 
@@ -52,7 +52,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "head_parameters": head["numbers"],
         "head_bytes": head["bytes"],
         "file_bytes": sum(path.stat().st_size for path in directory.iterdir() if path.suffix == ".safetensors"),
-        "init_seed": int(metadata["init_seed"]) if metadata.get("init_seed", "").isdecimal() else None,
+        "init_seed": seed_of(metadata),
     }
     if type(config) is VBLoRAConfig:
         result |= _selection(tensors, config)

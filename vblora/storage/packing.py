@@ -24,6 +24,7 @@ from vblora.storage import (
     packed,
     peft_format,
     read_config,
+    seed_of,
     to_files,
     write_files,
 )
@@ -127,7 +128,6 @@ def read_directory(directory: str | Path, model: nn.Module | str | None = None) 
         check_tensors(native, Adapter.methods[type(config)].spec(config, shapes, form_of(native)))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
-    seed = metadata.get("init_seed", "")
     base_name = settings.get("base_model_name_or_path") or getattr(
         getattr(model, "config", None), "_name_or_path", None
     )
@@ -137,7 +137,7 @@ def read_directory(directory: str | Path, model: nn.Module | str | None = None) 
         _topk_form(native, config, directory),
         heads,
         base_name if isinstance(base_name, str) and base_name else None,
-        int(seed) if seed.isdecimal() else None,
+        seed_of(metadata),
         conv1d,
     )
 

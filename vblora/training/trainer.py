@@ -32,10 +32,10 @@ OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 class AdapterTrainer(Trainer):
     """Trains an adapted model of any method.
 
-    Three things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
+    Four things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
     one of bitsandbytes' for a method that has no logits; a checkpoint of one of our adapters is the adapter in its full
     form, not the whole model; and rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
-    batches.
+    batches; and DDP does not send the buffers of one of our adapters in every step.
 
     Args:
         adapted: what `vblora.methods.switch.apply_method` gave.
