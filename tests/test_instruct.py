@@ -190,7 +190,7 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
     assert found["model_parameters"] == linear + rest == 6_738_415_616
     assert found["stored_parameters"] == 582_848
     assert found["base_bytes"] == pytest.approx(linear * 4.127 / 8 + 2 * rest)
-    slots, selected = 39_040 * 96, 39_040 * 2
+    slots, selected = 39_040 * 56, 39_040 * 2
     assert found["training_state_bytes"] == 16 * 2048 * 256 + 16 * slots + 24 * selected
     assert found["longest_batch_tokens"] == 4 * 1024
     assert found["operations_per_token"] == 6 * (linear + rest)

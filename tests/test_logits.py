@@ -192,6 +192,7 @@ def test_moments_of_a_trained_run_on_initial_logits(dtype):
     train(*trained)
     for optimizer in (1, 3):
         fresh[optimizer].load_state_dict(copy.deepcopy(trained[optimizer].state_dict()))
+    assert fresh[1].state[fresh[0].topk_logits]["indices"].dtype == torch.int32  # as whole numbers, in bfloat16 too
     train(*fresh)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-2
     difference = (fresh[0].dense_logits() - fresh[2]).abs()

@@ -22,7 +22,7 @@ from vblora.training.instruction_data import FORMS
 GIB = 2**30
 FOUR_BIT = (4 + 0.127) / 8  # bytes of a weight: NF4, and its block scales double quantised (QLoRA, section 3)
 STATE = 16  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, in float32
-SLOTS = 96  # of a sub-vector's logits (vblora/logits.py): the width for some 90 entries that were ever selected
+SLOTS = 56  # of a sub-vector's logits (vblora/logits.py): as many as benchmarks/active_logits.py has seen needed
 FIELDS = ("r", "num_vectors", "vector_length", "topk")  # of VB-LoRA; the other methods' counts go by r alone
 QV = ["q_proj", "v_proj"]  # of Llama, Mistral and Gemma
 
