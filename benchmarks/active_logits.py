@@ -7,6 +7,8 @@ The small encoder on sentences in CoLA's form (generated, or of a folder), all l
 of 32, the rates of its rows in NLU/hyperparameters.py with warm-up and linear decay. A logit is active once it has been
 selected: it has moments from then on. The table (vblora/logits.py) is as wide as its fullest row needs. Bytes are
 logits, their gradient and moments, and indices; PEFT's are four dense tensors in float32.
+
+Last result (results/speed/active_logits.json): 17 of 2,048 entries after 800 steps, 47 at most; 2.9% of PEFT's bytes.
 """
 
 from __future__ import annotations

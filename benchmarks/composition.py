@@ -7,6 +7,8 @@ the same k logits; and PEFT's own function for each factor of 224 layers (448 ca
 gives all of them a gradient. The ways take turns; a figure is the median of the rounds' ratios to the embedding bag.
 On a GPU also a Triton kernel (triton_composition.py), how many kernels each way starts, and for each way whether two
 runs give the same bits, with torch.use_deterministic_algorithms and without.
+
+Last result (results/speed/composition.json, CPU): gathering takes 1.9 of the embedding bag's time, PEFT's way 6.0.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ sending of buffers. Bytes are those that one process hands over: its gradients, 
 buffers that DDP sends from the first process to the others before a forward pass. Beside them the largest difference,
 after all steps, of a trained number from training in one process with both processes' rows (in float32 and float64),
 and what the same counts give at Llama2-7B's shape.
+
+Last result (results/speed/exchange*.json): 8.3% of PEFT's bytes by default, 0.31% with --width 512 --vector_length 32.
 """
 
 from __future__ import annotations

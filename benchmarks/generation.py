@@ -5,6 +5,8 @@
 Greedy generation by transformers with its cache of keys and values, 16 tokens given and 32 generated for each row, by
 the same adapter in every way (PEFT's LoRA is its exact export). The ways take turns; a figure is the median of the
 rounds' ratios to the merged model, which runs as the base model does. Random weights.
+
+Last result (results/speed/generation.json, CPU): unmerged 1.05 of merged at one row, 1.04 at eight.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ One of h, layers, r, k, tokens of a row and rows is varied at a time from a smal
 b 64, r 4, k 2, 4 rows of 64 tokens, all linear layers). Forward, backward and optimiser step; the three take turns, at
 all values of what is varied, and figures are medians of the rounds. State is what training keeps beside the base
 model, as in step_time.py. --plot draws growth_time.png and growth_state.png from a record and measures nothing.
+
+Last result (results/speed/growth.json, CPU): 0.86 to 1.02 of LoRA's time; no growth with h.
 """
 
 from __future__ import annotations

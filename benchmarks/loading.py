@@ -7,6 +7,8 @@ The base model is in memory, without an adapter. Opening: `vblora.load` of the t
 one forward pass of 16 tokens. Switching: the store between two adapters whose factors it has, and a new `vblora.load`
 of the packed file, beside PEFT's set_adapter between two that are loaded, and its load_adapter; each with one forward
 pass too. The pass of the base model alone stands beside them. Random weights; the ways take turns.
+
+Last result (results/speed/loading.json, CPU): a file is open in 11 to 14 ms, in PEFT in 160.
 """
 
 from __future__ import annotations

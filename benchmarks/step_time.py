@@ -6,6 +6,8 @@ Forward, backward and optimiser step on random tokens; the four take turns, one 
 else the machine does hits all of them. A figure is the median of the rounds' ratios to PEFT's LoRA. The floor is the
 frozen base with one bias trained at the bottom, so that the gradient goes all the way down. State is what training
 keeps beside the base model: parameters, their gradients, the optimiser's tensors, and VB-LoRA's logits.
+
+Last result (results/speed/step_time.json, CPU): VB-LoRA here 0.90 to 0.95 of LoRA's time on the four shapes.
 """
 
 from __future__ import annotations
