@@ -147,17 +147,19 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         """Make an adapter from a top-k file trainable: draw the logits it lacks, as `attach` draws them from `seed`.
 
         The selected ones are log w + c. Softmax leaves c free, row by row: it is chosen so that the smallest
-        selected logit has the value of the k-th largest drawn one, which it had when training began. So the others
-        keep the values they started with, which they have moved from only if they were ever selected. The few (at
-        most k) that would not be below the selected ones, because they were selected once and are no longer, are
-        mirrored to as far below the smallest. A weight under 2^-24, the last bit of a sum of 1 in float32, counts as
-        that: its logarithm must be finite to be trained.
+        selected logit is as far above the k-th largest drawn one, which it was when training began, as training has
+        probably raised it (`_raised`). So the others keep the values they started with, which they have moved from
+        only if they were ever selected, and the selection is about as settled as it was. The few (at most k) that
+        would not be below the selected ones, because they were selected once and are no longer, are mirrored to as
+        far below the smallest. A weight under 2^-24, the last bit of a sum of 1 in float32, counts as that: its
+        logarithm must be finite to be trained.
         """
         c = self.config
         drawn = torch.cat(list(draw(c, self.layout.rows, seed)[1]))  # (N, h), float32 on the CPU as when training began
         indices = self.topk_indices.cpu()
         logs = self.topk_logits.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
-        smallest = drawn.topk(c.topk, dim=-1).values[:, -1:]  # (N, 1)
+        largest = drawn.topk(c.topk, dim=-1).values  # (N, k)
+        smallest = largest[:, -1:] + _raised(logs, largest)  # (N, 1)
         selected = logs - logs.min(dim=-1, keepdim=True).values + smallest
         below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
         drawn = torch.where(drawn < smallest, drawn, below).scatter(1, indices, selected)
@@ -230,6 +232,17 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))
         self.topk_indices.copy_(tensors["topk_indices"])
         self.logits = None
+
+
+def _raised(selected: Tensor, drawn: Tensor) -> Tensor:
+    """How far training has raised the smallest of the k selected logits, by how far it has moved them apart.
+
+    Both are (N, k); the first is known up to a constant for each row. In adapters of MiniLM trained on CoLA, MRPC and
+    SST-2 (k 2) it was 0.42, 0.32 and 0.35 of that; of k values the gaps are k - 1. One number for all rows.
+    """
+    apart = [values.amax(dim=-1) - values.amin(dim=-1) for values in (selected, drawn)]
+    gaps = 3 * max(1, selected.shape[-1] - 1)
+    return (apart[0] - apart[1]).median().clamp(min=0) / gaps
 
 
 def topk_tensors(bank: Tensor, indices: Tensor, selected: Tensor) -> dict[str, Tensor]:
