@@ -8,6 +8,8 @@ weights, on generated data; or on other data and another model. In the model: fo
 clipping of gradients, and in evaluations forward and decoding. All else from the script's start to its end is outside,
 by part; a part within another counts for itself alone. What is done once (reading, tokenising, loading the model)
 stands apart from what each step and epoch does again.
+
+Last result (results/speed/pipeline*.json): outside the model 3.5% of a run on CoLA, 0.7% of one on E2E's form.
 """
 
 from __future__ import annotations
