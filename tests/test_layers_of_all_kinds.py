@@ -331,7 +331,7 @@ def test_an_output_that_another_hook_keeps_stays_what_it_was(bias):
 
 
 def test_gradients_through_the_sum_in_place_are_those_of_a_new_tensor():
-    from vblora.adapter import add_low_rank, add_low_rank_
+    from vblora.low_rank import add_low_rank, add_low_rank_
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3, 5), (2, 3, 4), (2, 4), (2, 5)]  # output, x, A, B transposed
@@ -346,7 +346,7 @@ def test_gradients_through_the_sum_in_place_are_those_of_a_new_tensor():
 
 
 def test_second_derivatives_go_through_the_sum_in_place():
-    from vblora.adapter import add_low_rank_
+    from vblora.low_rank import add_low_rank_
 
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 3), (2, 4), (2, 4), (2, 3)]
