@@ -46,7 +46,7 @@ class Glue(campaign.Campaign):
     own_flags = campaign.Campaign.own_flags | {"task", "start_from", "bank_from", "form"}
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("experiment", choices=EXPERIMENTS)
+        parser.add_argument("experiment", choices=EXPERIMENTS, help="table2, table3 and table4 are other folders'")
         parser.add_argument("--sizes", nargs="+", choices=SIZES, help="models; the paper's unless given")
         parser.add_argument("--tasks", nargs="+", help="GLUE tasks; the paper's unless given")
         parser.add_argument("--methods", nargs="+", help=f"of table1: {', '.join(METHODS)}; all unless given")

@@ -196,6 +196,7 @@ def test_wrong_use_is_named(tmp_path):
         (["b"], "no adapter 'b'"),
         (["../a"], "no adapter"),
         ([], "a name, or None"),
+        ("a", "a list of names"),
         (["broken"], "adapter 'broken'"),
         (["wide"], "adapter 'wide'"),
     ):

@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(base, tmp_path, capsys):
     ).save_pretrained(tmp_path / "peft")
     out, some = tmp_path / "out", ("--adapter", tmp_path / "adapter")
     for arguments, message in [
-        ((base, out), "there is no adapter to export"),
+        ((base, out), "is no run with an adapter"),
         ((base, out, *some, "--to", "gguf"), "invalid choice: 'gguf'"),
         ((base, out, *some, "--dtype", "int8"), "invalid choice: 'int8'"),
         ((base, tmp_path / "taken", *some), "exists: remove it"),

@@ -214,6 +214,13 @@ def test_an_unknown_form_or_format_is_refused(settings, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ValueError, match="taken is a file"):
+        adapt(build("stack")).save(tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_a_detached_adapter_cannot_be_saved(tmp_path):
     adapter = adapt(build("stack"))
     adapter.detach()

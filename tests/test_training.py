@@ -36,6 +36,7 @@ def test_a_run_without_evaluation_is_refused_with_the_way_out():
 def test_begin_goes_on_refuses_and_returns_the_finished(tmp_path):
     assert records.begin(tmp_path, {"seed": 0, "output_dir": "here"}) is None
     assert records.begin(tmp_path, {"seed": 0, "output_dir": "elsewhere"}) is None  # goes on
+    (tmp_path / "best").mkdir()
     with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
         records.begin(tmp_path, {"seed": 1})
     records.finish(tmp_path, {"score": 0.5})
@@ -45,8 +46,17 @@ def test_begin_goes_on_refuses_and_returns_the_finished(tmp_path):
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "topk", "rank", "data_fingerprint", "method"])
 def test_begin_refuses_whatever_changes_the_result(key, tmp_path):
     records.begin(tmp_path, {key: 1})
+    (tmp_path / "best").mkdir()
     with pytest.raises(ValueError, match=f"{key}: 1 before, 2 now"):
         records.begin(tmp_path, {key: 2})
+
+
+def test_a_run_that_a_wrong_setting_stopped_does_not_block_the_right_one(tmp_path):
+    records.begin(tmp_path, {"method": "lroa"})
+    assert records.begin(tmp_path, {"method": "lora"}) is None
+    (tmp_path / "last").mkdir()
+    with pytest.raises(ValueError, match="method: lora before, vera now"):
+        records.begin(tmp_path, {"method": "vera"})
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):

@@ -130,10 +130,12 @@ class AdapterStore:
 
         Raises:
             ValueError: an unknown name, an adapter that is damaged or does not fit the model, or a block within
-                another; in the block, a batch of another size.
+                another; in the block, a batch whose rows are no multiple of the names.
         """
         if self._rows is not None:
             raise ValueError("rows() is in use: one batch at a time")
+        if isinstance(names, str):
+            raise ValueError(f"rows() takes a list of names, one for each row, not {names!r} alone")
         if not names:
             raise ValueError("rows() needs a name, or None, for each row of the batch")
         used = {name: self._compose(name) for name in dict.fromkeys(names) if name is not None}

@@ -335,7 +335,8 @@ def describe(
         lines.append(f"  {trial.name:<56} {length}")
     if missing:
         guess = f" and {unknown} of unknown length" if unknown else ""
-        lines.append(f"together {total / 60:.1f} hours{guess}, over {slots}: {total / 60 / slots:.1f} hours")
+        known = f"together {total / 60:.1f} hours{guess}, over {slots}: {total / 60 / slots:.1f} hours"
+        lines.append(known if unknown < len(missing) else "how long they take is not known")
     return "\n".join(lines)
 
 

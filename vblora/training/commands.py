@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import urllib.error
@@ -11,6 +12,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+# bitsandbytes asks at its import for a package that nothing here needs, which would be the first line of every command.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Loaded = TypeVar("Loaded")
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)

@@ -25,7 +25,9 @@ def write_exported(tuned: Tuned, output: Path, dtype: torch.dtype = torch.float3
     """
     adapter = tuned.adapter
     if adapter is None:
-        raise ValueError(f"{tuned.base}: there is no adapter to export")
+        raise ValueError(
+            f"{tuned.base} is no run with an adapter: name a base model here, and the adapter with --adapter"
+        )
     if adapter.is_dir() and read_json(adapter / CONFIG_FILE).get("peft_type") == "LORA":
         raise ValueError(f"{adapter} is PEFT's LORA already: use it as it is")
     content = packing.read_directory(adapter, tuned.base)

@@ -101,7 +101,7 @@ def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     _lock(directory)
     if (directory / PLAN_FILE).exists():
         changed = differences(read_json(directory / PLAN_FILE), plan)
-        if changed:
+        if changed and _has_results(directory):
             raise ValueError(
                 f"{directory} holds a run with other settings ({changed}): remove it, or give another place "
                 "(--output_dir; for reproduce.sh --runs)"
@@ -110,6 +110,12 @@ def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
             return read_json(directory / RECORD_FILE)
     write_json(directory / PLAN_FILE, plan)
     return None
+
+
+def _has_results(directory: Path) -> bool:
+    """Whether a run has come to more than its plan: one stopped by a wrong setting must not block the right one."""
+    kept = any((directory / name).exists() for name in (RECORD_FILE, "best", "last"))
+    return kept or last_checkpoint(directory) is not None
 
 
 _locks: dict[Path, Any] = {}  # the open lock files of this process
