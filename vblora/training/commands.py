@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-# bitsandbytes asks at its import for a package that nothing here needs, which would be the first line of every command.
+# bitsandbytes asks at its import for a package that nothing here needs. (A script that imports transformers' models or
+# peft before this module has printed that line by now.)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Loaded = TypeVar("Loaded")
