@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vblora.files import replacing
+from vblora.io import replacing
 
 # FastChat's sampling temperatures; 0 is greedy.
 TEMPERATURES = {

@@ -27,11 +27,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mt_bench import Answer, Bench, Question, answers_file, append_line, mend_end, read_answers, write_lines
-from vblora.files import read_json, write_json
-from vblora.training import causal, commands, records
-from vblora.training.instruction_data import FORMS, WITHOUT_INPUT
-from vblora.training.sampling import spaced
-from vblora.training.tuned import Tuned
+from vblora import models
+from vblora.io import read_json, write_json
+from vblora.models import Tuned
+from vblora.sampling import spaced
+from vblora_experiments import commands, records
+from vblora_experiments.instruction_data import FORMS, WITHOUT_INPUT
 
 TEMPLATES = ("auto", "chat", "alpaca")
 INSTRUCTION = "### Instruction:"
@@ -49,7 +50,7 @@ def main(arguments: list[str]) -> Path:
     )
     bench = Bench.of(options.bench_dir)
     questions = chosen(bench.questions(), options.questions, options.max_questions)
-    tokenizer = causal.load_tokenizer(tuned.base)
+    tokenizer = models.load_tokenizer(tuned.base)
     template = template_for(tokenizer, options.template, tuned.plan is not None)
     own = {"template": template, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
     target = answers_file(options.output, options.model_id)
@@ -87,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--template", choices=TEMPLATES, default="auto", help="auto: as said above")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of a turn at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
+    parser.add_argument("--bits", type=int, choices=models.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or auto: as it is kept")
     parser.add_argument("--questions", type=int, nargs="+", metavar="ID", help="answer these only")
     parser.add_argument(
@@ -98,7 +99,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
     if options.dtype not in (None, "auto"):
-        causal.torch_dtype(options.dtype)
+        models.torch_dtype(options.dtype)
     return options
 
 

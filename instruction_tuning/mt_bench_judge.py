@@ -50,7 +50,7 @@ from mt_bench import (
     read_answers,
     read_judgments,
 )
-from vblora.training import commands
+from vblora_experiments import commands
 
 OPENAI = "https://api.openai.com/v1"
 TEMPERATURE, MAX_TOKENS = 0, 2048  # FastChat's

@@ -23,8 +23,8 @@ import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
 from instruct_rows import row
-from vblora.training import commands, instruct, plans, records
-from vblora.training.instruct import Run
+from vblora_experiments import commands, instruct, plans, records
+from vblora_experiments.instruct import Run
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

@@ -127,10 +127,10 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _from_hub(name: str) -> Iterator[tuple[str, Any]]:
-    from vblora.training import commands  # here, so that a worker process that judges pairs does without torch
+    from vblora.hub import from_hub
 
     for part in HUB[name][1]:
-        rows = commands.from_hub(functools.partial(_load_part, name, part), name, "a .jsonl file of the set")
+        rows = from_hub(functools.partial(_load_part, name, part), name, "a .jsonl file of the set")
         yield from ((f"{name} ({part}), row {number}", row) for number, row in enumerate(rows, 1))
 
 

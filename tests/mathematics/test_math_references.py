@@ -96,7 +96,7 @@ def test_a_set_on_the_hub_is_all_its_parts(monkeypatch):
         return [{"problem": part, "solution": "\\boxed{1}", "type": part, "level": "Level 1"}]
 
     monkeypatch.setattr(math_references, "_load_part", load)
-    monkeypatch.setattr("vblora.training.commands.hub_in_reach", lambda: True)
+    monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: True)
     problems = math_references.read("EleutherAI/hendrycks_math")
     assert len(problems) == len(asked) == 7
     assert [problem.number for problem in problems] == [1, 2, 3, 4, 5, 6, 7]
