@@ -99,6 +99,12 @@ def last_box(text: str) -> str | None:
     Braces are counted, escaped ones (\{ and \}) left out. Without braces, as in "\boxed 2", it is the next character
     or command, as in LaTeX. A box that is never closed, as in a text cut short, is passed over.
     """
+    found = find_last_box(text)
+    return None if found is None else found[1]
+
+
+def find_last_box(text: str) -> tuple[int, str] | None:
+    """Where the last whole box begins, and what stands in it, as ``last_box`` says."""
     for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
         if text.startswith("{", found.end()):
             inside = _braced(text, found.end())
@@ -106,7 +112,7 @@ def last_box(text: str) -> str | None:
             single = re.compile(r"\\[A-Za-z]+|[^\s}$\\]").match(text, found.end())
             inside = single.group() if single else None
         if inside is not None:
-            return inside.strip()
+            return found.start(), inside.strip()
     return None
 
 
@@ -122,7 +128,7 @@ def _braced(text: str, start: int) -> str | None:
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
@@ -159,6 +165,9 @@ def _problem(row: Any, kind: str, number: int, where: str) -> Problem:
     if not reference:
         lacking = 'a last line "#### " and a number' if kind == "gsm8k" else "a \\boxed{} with something in it"
         raise ValueError(f"{where}: {form[1]} has no reference answer: it lacks {lacking}")
+    for key in ("level", "type"):
+        if isinstance(row.get(key), list | dict):
+            raise ValueError(f"{where}: {key} must be a text")
     level, subject = (str(row.get(key) or "") for key in ("level", "type"))
     return Problem(number, question, reference, kind, level, subject)
 
