@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
@@ -48,6 +49,7 @@ _THOUGHT = re.compile(
 )
 _CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|(?=<\|channel\|>)|\Z)", re.DOTALL)
 NO_ANSWER = "no answer"
+LONGEST_ANSWER = 5000  # characters
 LONGEST_NUMBER, LARGEST_EXPONENT = 1000, 1000  # beyond, a number in an output is a slip, and costs memory
 
 
@@ -87,20 +89,18 @@ def without_thoughts(text: str) -> str:
     return "".join(kept)
 
 
-def _candidates(text: str) -> list[Answer]:
+def _candidates(text: str) -> Iterator[Answer]:
     """All that may be the answer, the last one first."""
-    candidates: list[tuple[int, Answer]] = []
+    markers = [found.span() for found in MARKER.finditer(text)]
+    places = [(*span, "marker") for span in markers] + [(*found.span(), "####") for found in re.finditer("####", text)]
     box = math_references.find_last_box(text)
-    for found in MARKER.finditer(text):
-        if box is not None and box[0] >= found.start():
-            candidates.append((box[0], Answer(box[1], "marker")))
-            box = None  # it is the marker's; the markers after this one stand behind it
-        candidates.append((found.start(), Answer(_first_line(text[found.end() :]), "marker")))
-    for found in re.finditer("####", text):
-        candidates.append((found.start(), Answer(_first_line(text[found.end() :]), "####")))
     if box is not None:
-        candidates.append((box[0], Answer(box[1], "box")))
-    return [answer for _, answer in sorted(candidates, key=lambda candidate: -candidate[0])]
+        places.append((box[0], box[0], "box"))
+    for start, end, place in sorted(places, reverse=True):
+        if box is not None and place == "box":
+            yield Answer(box[1], "marker" if markers and markers[0][0] < start else "box")
+        else:
+            yield Answer(_first_line(text[end : end + LONGEST_ANSWER]), place)
 
 
 def _first_line(text: str) -> str:
@@ -113,7 +113,7 @@ def _first_line(text: str) -> str:
             break
     for end in re.finditer(r"(?<=[\w$)}\]%*])[.!?]\**\s+(?=[A-Z])", taken):
         sentence = taken[: end.start()]
-        if _open_braces(sentence) <= 0 and sentence.count("$") % 2 == 0:
+        if _open_braces(sentence) <= 0 and len(re.findall(r"(?<!\\)\$", sentence)) % 2 == 0:
             return _bare(sentence)
     return _bare(taken)
 

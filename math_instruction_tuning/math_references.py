@@ -105,9 +105,11 @@ def last_box(text: str) -> str | None:
 
 def find_last_box(text: str) -> tuple[int, str] | None:
     """Where the last whole box begins, and what stands in it, as ``last_box`` says."""
-    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))
+    ends = _closing_braces(text) if boxes else {}
+    for found in reversed(boxes):
         if text.startswith("{", found.end()):
-            inside = _braced(text, found.end())
+            inside = text[found.end() + 1 : ends[found.end()]] if found.end() in ends else None
         else:
             single = re.compile(r"\\[A-Za-z]+|[^\s}$\\]").match(text, found.end())
             inside = single.group() if single else None
@@ -116,13 +118,15 @@ def find_last_box(text: str) -> tuple[int, str] | None:
     return None
 
 
-def _braced(text: str, start: int) -> str | None:
-    depth = 0
-    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0 and found.group() == "}":
-            return text[start + 1 : found.start()]
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """For the place of each brace that is closed, where."""
+    ends, opened = {}, []
+    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text):
+        if found.group() == "{":
+            opened.append(found.start())
+        elif found.group() == "}" and opened:
+            ends[opened.pop()] = found.start()
+    return ends
 
 
 def _parsed(text: str, where: str) -> Any:

@@ -156,6 +156,7 @@ def test_a_gsm8k_reference_without_a_number_is_an_error():
         ("The answer is: $\\frac{1}{2}$.", "\\frac{1}{2}", "marker"),
         ("The answer is: (1, 2). Done", "(1, 2)", "marker"),
         ("The answer is: $\\text{Dr. Who}$. Done", "\\text{Dr. Who}", "marker"),
+        ("The answer is: $\\$40$. So it is.", "$\\$40$", "marker"),
         ("The answer is: \\text{St. Ives}", "\\text{St. Ives}", "marker"),
         ("The answer is 3 for one.\nSo $\\boxed{\\frac12}$.\n### Instruction: $\\boxed{2}$", "\\frac12", "marker"),
         (
