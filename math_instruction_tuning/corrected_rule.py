@@ -63,10 +63,20 @@ class Answer(NamedTuple):
 def extract(text: str, kind: str) -> Answer:
     """The final answer in an output; for "gsm8k" the last place with a number in it counts."""
     for part in RUNS_ON.split(without_thoughts(text)):
-        for answer in _candidates(part):
-            if answer.text and (kind == "math" or number(answer.text) is not None):
-                return answer
+        answers = [answer for answer in _candidates(part) if answer.text]
+        if kind == "math":  # "The answer is positive, because ..." looks back, where there is another answer
+            answers = [answer for answer in answers if not _is_prose(answer)] or answers
+        else:
+            answers = [answer for answer in answers if number(str(answer.text)) is not None]
+        if answers:
+            return answers[0]
     return Answer(None, NO_ANSWER)
+
+
+def _is_prose(answer: Answer) -> bool:
+    return (
+        answer.place == "marker" and len(str(answer.text).split()) > 4 and not re.search(r"[\d\\$]", str(answer.text))
+    )
 
 
 def without_thoughts(text: str) -> str:

@@ -157,6 +157,8 @@ def test_a_gsm8k_reference_without_a_number_is_an_error():
         ("The answer is: (1, 2). Done", "(1, 2)", "marker"),
         ("The answer is: $\\text{Dr. Who}$. Done", "\\text{Dr. Who}", "marker"),
         ("The answer is: $\\$40$. So it is.", "$\\$40$", "marker"),
+        ("So $\\boxed{2}$. The answer is positive, because both of them are.", "2", "box"),
+        ("The answer is neither one nor the other.", "neither one nor the other", "marker"),
         ("The answer is: \\text{St. Ives}", "\\text{St. Ives}", "marker"),
         ("The answer is 3 for one.\nSo $\\boxed{\\frac12}$.\n### Instruction: $\\boxed{2}$", "\\frac12", "marker"),
         (
