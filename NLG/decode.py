@@ -24,7 +24,7 @@ from transformers import HfArgumentParser
 from causal_text import prompts
 from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
-from vblora.storage.files import read_json, replacing, write_json
+from vblora.files import read_json, replacing, write_json
 from vblora.training import commands, records
 from vblora.training.causal import load_tokenizer
 from vblora.training.progress import Progress

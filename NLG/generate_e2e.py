@@ -14,7 +14,7 @@ import csv
 import random
 from pathlib import Path
 
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import commands
 
 NAMES = (

@@ -22,7 +22,7 @@ from typing import Any
 import e2e_paper
 from e2e_data import SETS
 from e2e_rows import METHODS, ROWS, row
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 

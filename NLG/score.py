@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "references": sum(len(group) for group in references),
     }
     if chosen.json is not None:
-        from vblora.storage.files import write_json  # imports torch
+        from vblora.files import write_json  # imports torch
 
         write_json(chosen.json, result)
     return result

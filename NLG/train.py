@@ -30,8 +30,8 @@ from causal_text import encode
 from e2e_data import SETS, Example, Group, fingerprint, group, load_split
 from e2e_rows import COMMON
 from vblora.adapter import Adapter
+from vblora.files import read_json, write_json
 from vblora.methods.switch import OWN_METHODS, Adapted, apply_method, read_config_file
-from vblora.storage.files import read_json, write_json
 from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.causal import EncodedRows, Padded, load_model, load_tokenizer, torch_dtype

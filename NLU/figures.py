@@ -33,7 +33,7 @@ import table
 from experiments import ABLATIONS, TABLE_1, Trial, ablation, table1
 from hyperparameters import METHODS, MODELS
 from reproduce import SIZES
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import commands
 from vblora.training.records import RECORD_FILE, SELECTIONS_FILE
 from vblora.training.selection_log import Selections, read_log

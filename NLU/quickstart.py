@@ -140,9 +140,9 @@ def selection_shares(adapter: Path) -> tuple[list[str], Any]:
     """How the weight of each factor (A or B of one layer) is spread over the bank: names, and rows that sum to 1."""
     import torch
 
+    from vblora.files import read_tensors
     from vblora.methods.vb_lora import VBLoRAConfig
     from vblora.storage import TENSOR_FILE, read_config
-    from vblora.storage.files import read_tensors
     from vblora.storage.inspect import selections
 
     config, _ = read_config(adapter)

@@ -26,7 +26,7 @@ import table
 from experiments import ABLATIONS, EXPERIMENTS, TABLE_1, TABLE_1_MODELS, Trial, ablation, table1
 from glue_tasks import TASKS as GLUE_TASKS
 from hyperparameters import METHODS, MODELS, TASKS, row
-from vblora.storage.files import read_json, replacing
+from vblora.files import read_json, replacing
 from vblora.training import campaign, commands, records, schedule
 from vblora.training.rows import check_names
 

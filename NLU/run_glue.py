@@ -38,7 +38,7 @@ from vblora.adapter import Adapter
 from vblora.counting import FLOAT32_BYTES, Count
 from vblora.methods import SelectionVBLoRA, VBLoRA
 from vblora.methods.switch import Adapted, AnyAdapter, apply_method, read_config_file
-from vblora.storage.shared_bank import read_bank, use_bank
+from vblora.methods.vb_lora import read_bank, use_bank
 from vblora.training import commands, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.selection_log import SelectionLog

@@ -22,7 +22,7 @@ import table
 from experiments import table1
 from figures import OUTPUT, RECORDS, ROOT, STYLE, Point, draw_scores, save
 from hyperparameters import METHODS, MODELS
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import commands, tables
 
 PACKED = ROOT / "results" / "packed_minilm.json"

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import vblora
-from vblora.storage.files import write_json
+from vblora.files import write_json
 from vblora.training.records import environment
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

@@ -29,7 +29,7 @@ import vblora  # noqa: E402
 from encoders import find_model  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import compute_metrics, get_task  # noqa: E402
-from vblora.storage.files import read_json, write_json  # noqa: E402
+from vblora.files import read_json, write_json  # noqa: E402
 from vblora.storage.packing import pack_directory  # noqa: E402
 from vblora.training import commands, records  # noqa: E402
 

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import medians, parser, ratios, report, require_positive, take_turns
 
-from vblora.storage.files import read_json, replacing
+from vblora.files import read_json, replacing
 from vblora.training import commands
 
 WIDTH, VECTOR_LENGTH, VOCABULARY = 256, 64, 256

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import vblora
-from vblora.storage.files import write_json
+from vblora.files import write_json
 from vblora.training import commands
 from vblora.training.records import environment
 

@@ -31,11 +31,11 @@ import vblora  # noqa: E402
 from encoders import find_model  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import compute_metrics, get_task  # noqa: E402
+from vblora.bank import at_most_one  # noqa: E402
 from vblora.counting import LayerShape, sub_vectors  # noqa: E402
+from vblora.files import read_json, write_json  # noqa: E402
 from vblora.methods import VBLoRAConfig  # noqa: E402
-from vblora.methods.vb_lora import at_most_one  # noqa: E402
 from vblora.storage import packed, packing  # noqa: E402
-from vblora.storage.files import read_json, write_json  # noqa: E402
 from vblora.training import commands, records  # noqa: E402
 
 # bank, weights, heads
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
         write_json(options.record, {"benchmark": "packed", "adapters": results, **records.environment()})
 
 
-def open_adapter(path: Path, options: argparse.Namespace) -> tuple[packed.Packed, Any, float | None]:
+def open_adapter(path: Path, options: argparse.Namespace) -> tuple[packed.Content, Any, float | None]:
     """The adapter; a function from a packed file to its score, where there is one; and the run's own best score."""
     if not (path / records.PLAN_FILE).exists():
         return packing.read_directory(path, options.model), None, None
@@ -119,7 +119,7 @@ class Scorer:
         return float(compute_metrics(self.task.name, guesses.numpy(), torch.cat(labels).numpy())[self.task.metric])
 
 
-def measure(content: packed.Packed, score: Any, trained: float | None) -> dict[str, Any]:
+def measure(content: packed.Content, score: Any, trained: float | None) -> dict[str, Any]:
     """Each setting's bytes, with the heads and without, its largest error, and its score."""
     alone = dataclasses.replace(content, heads={})
     result: dict[str, Any] = {"peft_bytes": _peft_bytes(content), "peft_bytes_without_heads": _peft_bytes(alone)}
@@ -139,7 +139,7 @@ def measure(content: packed.Packed, score: Any, trained: float | None) -> dict[s
     return result
 
 
-def _peft_bytes(content: packed.Packed) -> int:
+def _peft_bytes(content: packed.Content) -> int:
     """Bytes of the tensors' file of the top-k form, PEFT's where that can hold the adapter."""
     with tempfile.TemporaryDirectory() as folder:
         packed.write(content, Path(folder) / "a")
@@ -147,7 +147,7 @@ def _peft_bytes(content: packed.Packed) -> int:
         return (Path(folder) / "b" / "adapter_model.safetensors").stat().st_size
 
 
-def roberta_like() -> packed.Packed:
+def roberta_like() -> packed.Content:
     names = [f"roberta.encoder.layer.{i}.attention.self.{p}" for i in range(12) for p in ("query", "value")]
     shapes = [LayerShape(name, 768, 768) for name in names]
     config = VBLoRAConfig(r=4, num_vectors=90, vector_length=256, topk=2, target_modules=["query", "value"])
@@ -155,7 +155,7 @@ def roberta_like() -> packed.Packed:
     values, indices = torch.randn(sub_vectors(shapes, 4, 256), 90, generator=generator).topk(2)
     bank = 0.02 * torch.randn(90, 256, generator=generator)
     tensors = {"vector_bank": bank, "topk_indices": indices, "topk_weights": at_most_one(values.softmax(-1)[:, :1])}
-    return packed.Packed(config, shapes, tensors, base_model="roberta-base", init_seed=0)
+    return packed.Content(config, shapes, tensors, base_model="roberta-base", init_seed=0)
 
 
 def render(result: dict[str, Any]) -> str:

@@ -30,8 +30,8 @@ import generate_cola  # noqa: E402
 import run_glue  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import TASKS, compute_metrics, get_task  # noqa: E402
+from vblora.files import write_json  # noqa: E402
 from vblora.optim import AdamW, param_groups  # noqa: E402
-from vblora.storage.files import write_json  # noqa: E402
 from vblora.training import commands  # noqa: E402
 from vblora.training.records import environment  # noqa: E402
 from vblora.training.sampling import LengthGroupedSampler  # noqa: E402

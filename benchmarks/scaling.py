@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from turns import report
 
+from vblora.bank import at_most_one
 from vblora.counting import LayerShape, count_lora, sub_vectors
+from vblora.files import read_json
 from vblora.methods import VBLoRAConfig
-from vblora.methods.vb_lora import at_most_one
 from vblora.storage import packed
-from vblora.storage.files import read_json
 from vblora.training import commands
 
 R, H, B, K, LORA_R = 4, 2048, 256, 2, 64
@@ -88,7 +88,7 @@ def of_model(shapes: list[LayerShape], width: int) -> dict[str, Any]:
     }
 
 
-def random_adapter(shapes: list[LayerShape]) -> packed.Packed:
+def random_adapter(shapes: list[LayerShape]) -> packed.Content:
     config = VBLoRAConfig(r=R, num_vectors=H, vector_length=B, topk=K, target_modules="all-linear")
     generator = torch.Generator().manual_seed(0)
     n = sub_vectors(shapes, R, B)
@@ -97,7 +97,7 @@ def random_adapter(shapes: list[LayerShape]) -> packed.Packed:
     weights = at_most_one(torch.randn(n, K, generator=generator).sort(descending=True).values.softmax(-1)[:, :-1])
     bank = 0.02 * torch.randn(H, B, generator=generator)
     tensors = {"vector_bank": bank, "topk_indices": indices, "topk_weights": weights}
-    return packed.Packed(config, shapes, tensors)
+    return packed.Content(config, shapes, tensors)
 
 
 WAYS = {"LoRA": "LoRA r 64", "PEFT": "VB-LoRA in PEFT", "here": "VB-LoRA here"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import commands
 
 

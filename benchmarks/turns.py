@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vblora.storage.files import write_json
+from vblora.files import write_json
 from vblora.training.records import environment
 
 Seconds = dict[str, list[float]]  # of each way, round by round

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import commands
 
 NOUNS = """

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import progress
 
 # FastChat's sampling temperatures; 0 is greedy.

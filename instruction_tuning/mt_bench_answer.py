@@ -27,7 +27,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mt_bench import Answer, Bench, Question, answers_file, append_line, mend_end, read_answers, write_lines
-from vblora.storage.files import read_json, write_json
+from vblora.files import read_json, write_json
 from vblora.training import causal, commands, progress, records
 from vblora.training.instruction_data import FORMS, WITHOUT_INPUT
 from vblora.training.sampling import spaced

@@ -22,7 +22,7 @@ from typing import Any
 
 import instruct_paper
 from instruct_rows import METHODS, MODELS, ROWS, row
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 

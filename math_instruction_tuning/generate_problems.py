@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import commands
 
 NAMES = ("Amara", "Ben", "Chloe", "Diego", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Keiko", "Liam")

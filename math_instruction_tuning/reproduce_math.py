@@ -23,7 +23,7 @@ from typing import Any
 
 import math_paper
 from math_rows import METHODS, MODELS, ROWS, row
-from vblora.storage.files import replacing
+from vblora.files import replacing
 from vblora.training import campaign, commands, records, tables
 from vblora.training.rows import check_names
 

@@ -55,13 +55,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
     listed = result.pop("listed")
     print_table(result)
     if chosen.list is not None:
-        from vblora.storage.files import replacing  # imports torch
+        from vblora.files import replacing  # imports torch
 
         with replacing(chosen.list) as temporary:
             lines = (json.dumps(row) + "\n" for row in listed)
             temporary.write_text("".join(lines), encoding="utf-8")
     if chosen.json is not None:
-        from vblora.storage.files import write_json
+        from vblora.files import write_json
 
         write_json(chosen.json, result)
     return result

@@ -32,8 +32,8 @@ import torch
 
 import math_references
 from math_references import Problem
+from vblora.files import read_json, replacing, write_json
 from vblora.storage import CONFIG_FILE
-from vblora.storage.files import read_json, replacing, write_json
 from vblora.training import causal, commands, records
 from vblora.training.exporting import write_exported
 from vblora.training.instruction_data import WITHOUT_INPUT

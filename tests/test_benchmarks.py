@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from language_helpers import save_tiny_llama
 
-from vblora.storage.files import read_json
+from vblora.files import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves

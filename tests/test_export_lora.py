@@ -73,7 +73,7 @@ def test_peft_gives_the_same_outputs(method, case, tmp_path):
 def test_a_packed_file_is_exported_without_its_model(case, tmp_path):
     kind, settings = CASES[case]
     model, adapter = adapted("vblora", kind, **settings)
-    packed.write(adapter, tmp_path / "x.safetensors")
+    adapter.pack(tmp_path / "x.safetensors")
     export(packed.read(tmp_path / "x.safetensors"), tmp_path / "lora")
     assert difference(tmp_path / "lora", kind, model) <= 1e-6
 
@@ -155,7 +155,7 @@ def test_a_folder_with_something_in_it_is_kept(tmp_path):
 
 def test_packed_lora_xs_needs_its_model(tmp_path):
     _, adapter = adapted("lora_xs", "llama", target_modules=["q_proj"])
-    packed.write(adapter, tmp_path / "x.safetensors")
+    adapter.pack(tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="follow from the base model's weights"):
         export(packed.read(tmp_path / "x.safetensors"), tmp_path / "lora")
 
@@ -196,7 +196,7 @@ def test_command_on_a_model_and_an_adapter(base, method, tmp_path, capsys):
 
 def test_command_on_a_packed_file(base, tmp_path, capsys):
     _, adapter = adapter_on(base)
-    packed.write(adapter, tmp_path / "x.vblora.safetensors")
+    adapter.pack(tmp_path / "x.vblora.safetensors")
     arguments = (tmp_path / "x.vblora.safetensors", tmp_path / "lora", "--to", "lora", "--dtype", "bfloat16")
     assert command(*arguments, capsys=capsys) == (0, str(tmp_path / "lora"))
     settings = json.loads((tmp_path / "lora" / CONFIG).read_text())
@@ -206,7 +206,7 @@ def test_command_on_a_packed_file(base, tmp_path, capsys):
 
 def test_command_on_a_model_and_a_packed_file(base, tmp_path, capsys):
     _, adapter = adapter_on(base, "lora_xs")
-    packed.write(adapter, tmp_path / "x.safetensors")
+    adapter.pack(tmp_path / "x.safetensors")
     code, said = command(tmp_path / "x.safetensors", tmp_path / "lora", capsys=capsys)
     assert code == 2 and "--adapter" in said
     arguments = (base, tmp_path / "lora", "--adapter", tmp_path / "x.safetensors")
@@ -215,7 +215,7 @@ def test_command_on_a_model_and_a_packed_file(base, tmp_path, capsys):
 
 def test_a_packed_file_is_merged_as_a_directory_is(base, tmp_path):
     model, adapter = adapter_on(base)
-    packed.write(adapter, tmp_path / "x.safetensors")
+    adapter.pack(tmp_path / "x.safetensors")
     assert cli.main(["merge", str(base), str(tmp_path / "merged"), "--adapter", str(tmp_path / "x.safetensors")]) == 0
     other = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from language_helpers import save_tiny_llama, tiny_llama
 from transformers import AutoConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 
 import vblora
-from vblora.storage.files import read_json, read_tensors
+from vblora.files import read_json, read_tensors
 from vblora.training import causal, estimate, instruct
 
 ROWS = {"tiny/lora": {"method": "lora", "rank": 2, "learning_rate": 1e-2}}

@@ -146,7 +146,7 @@ def test_training_goes_on_from_a_full_file_and_the_optimisers_state(tmp_path, st
         straight.adapter.init_seed = None
     straight.adapter.save(tmp_path / "a", form="full")
     states, second = states_of(straight), Pair(seed=77, **settings)
-    vblora.storage.restore(second.adapter, tmp_path / "a")
+    vblora.adapter.restore(second.adapter, tmp_path / "a")
     second.ours.load_state_dict(states["optimizer"])
     train(straight, range(steps, 80))
     train(second, range(steps, 80))

@@ -16,10 +16,10 @@ from torch import nn
 
 import vblora
 from vblora import cli
+from vblora.bank import at_most_one
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import at_most_one
+from vblora.files import read_json, read_tensors
 from vblora.storage import coding, container, layer_names, packed, packing
-from vblora.storage.files import read_json, read_tensors
 from vblora.storage.inspect import describe, render
 
 FILE = "a.vblora.safetensors"
@@ -171,7 +171,7 @@ def trained_like(width, layers, b):
     values, indices = logits.topk(2)
     bank = 0.02 * torch.randn(90, b, generator=generator)
     tensors = {"vector_bank": bank, "topk_indices": indices, "topk_weights": at_most_one(values.softmax(-1)[:, :1])}
-    return packed.Packed(config, shapes, tensors, base_model="roberta-base", init_seed=0)
+    return packed.Content(config, shapes, tensors, base_model="roberta-base", init_seed=0)
 
 
 @pytest.mark.parametrize(("width", "layers", "b"), [(768, 12, 256), (384, 6, 128)], ids=["roberta-base", "minilm"])
@@ -335,7 +335,7 @@ def test_the_names_of_all_layers_are_not_written_twice(tmp_path):
     assert read_json(tmp_path / "back" / "adapter_config.json") == read_json(tmp_path / "dir" / "adapter_config.json")
     assert "and 76 more" in render(describe(tmp_path / FILE))
     again = adapt(build("llama", layers=11), kind="llama", target_modules="all-linear", seed=5)
-    vblora.storage.restore(again, tmp_path / FILE, redraw=True)
+    vblora.adapter.restore(again, tmp_path / FILE, redraw=True)
     assert error(again.layer_factors(), adapter.layer_factors()) < 1e-6
 
 
@@ -395,7 +395,7 @@ def test_damage_and_other_files_are_told(tmp_path):
 
 def test_factors_are_refused_beyond_the_memory_allowed(tmp_path):
     adapter = adapt(build("stack"))
-    content = packed.content_of(adapter)
+    content = adapter.content()
     assert content.factor_bytes == sum(4 * (a.numel() + b.numel()) for a, b in content.factors().values())
     with pytest.raises(ValueError, match="factors take"):
         content.factors(most_bytes=1000)
@@ -518,7 +518,7 @@ def test_training_goes_on_from_a_small_file(topk, source, tmp_path):
     directory, file = save_both(adapter, tmp_path)
     if source == "restored":
         again = adapt(other, kind="bert", seed=50, **settings)
-        vblora.storage.restore(again, directory, redraw=True)
+        vblora.adapter.restore(again, directory, redraw=True)
     else:
         if source == "peft":  # no seed is recorded there
             packed.write(dataclasses.replace(packed.read(file), init_seed=None), file)
@@ -570,5 +570,5 @@ def test_a_packed_file_of_another_method_resumes(tmp_path):
     adapter = adapt(build("stack"), "tied_lora")
     adapter.pack(tmp_path / FILE)
     other = adapt(build("stack"), "tied_lora", seed=9)
-    vblora.storage.restore(other, tmp_path / FILE)
+    vblora.adapter.restore(other, tmp_path / FILE)
     assert equal_factors(other.layer_factors(), adapter.layer_factors())

@@ -34,7 +34,7 @@ def sound():
         "tied": (adapt(build("stack"), "tied_lora"), {"bank": "float16"}),
         "xs": (adapt(build("bert"), "lora_xs", "bert", **HEAD), {}),
     }
-    return {name: packed.dumps(adapter, **settings) for name, (adapter, settings) in adapters.items()}
+    return {name: packed.dumps(adapter.content(), **settings) for name, (adapter, settings) in adapters.items()}
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vblora
+from vblora.adapter import load, restore
 from vblora.bank import compose_dense
 from vblora.methods import SelectionConfig, VBLoRAConfig
 from vblora.selection import RULES, draw, gumbel_softmax, noisy_topk
-from vblora.storage import load, read_config, restore
+from vblora.storage import read_config
 
 
 def make(rule="noisy_topk", topk=2, **more):

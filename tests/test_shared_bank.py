@@ -8,6 +8,7 @@ from language_helpers import tiny_llama
 
 import vblora
 from vblora.cli import main as command
+from vblora.methods.vb_lora import read_bank, use_bank
 from vblora.storage import packed, shared_bank
 
 CONFIG = {"r": 2, "num_vectors": 20, "vector_length": 16, "topk": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -19,7 +20,7 @@ def trained(folder, seed, bank_from=None):
     adapter = vblora.attach(model, vblora.VBLoRAConfig(**CONFIG), seed=seed)
     rates = {"lr_vector_bank": 1e-2, "lr_logits": 1e-1}
     if bank_from is not None:
-        shared_bank.use_bank(adapter, bank_from)
+        use_bank(adapter, bank_from)
         del rates["lr_vector_bank"]
     optimizer = vblora.AdamW(vblora.param_groups(model, lr=1e-3, **rates))
     ids = torch.randint(3, 61, (4, 9), generator=torch.Generator().manual_seed(seed))
@@ -80,8 +81,8 @@ def test_commands_read_and_write_shared_banks(two, tmp_path, capsys):
     assert command(["pack", str(tmp_path / "second"), str(file), "--bank", "shared"]) == 0
     assert command(["inspect", str(file)]) == 0 and "shared" in capsys.readouterr().out
     assert command(["unpack", str(file), str(tmp_path / "again")]) == 0
-    assert torch.equal(shared_bank.read_bank(tmp_path / "again"), two[0].vector_bank)
-    assert torch.equal(shared_bank.read_bank(file), two[0].vector_bank)
+    assert torch.equal(read_bank(tmp_path / "again"), two[0].vector_bank)
+    assert torch.equal(read_bank(file), two[0].vector_bank)
 
 
 def test_a_missing_or_other_bank_is_named(two, tmp_path):

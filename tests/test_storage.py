@@ -179,7 +179,7 @@ def test_restore_puts_saved_values_into_an_attached_adapter(targets, tmp_path):
     adapt(model, kind="bert", **settings).save(tmp_path, form="full")
     adapter = adapt(other, kind="bert", seed=50, **settings)
     assert not same_output(other, model, "bert", 1e-3)
-    vblora.storage.restore(adapter, tmp_path)
+    vblora.adapter.restore(adapter, tmp_path)
     assert same_output(other, model, "bert")
 
 
@@ -190,7 +190,7 @@ def test_restore_refuses_other_settings_by_name_and_changes_nothing(settings, tm
     adapter = adapt(model, seed=50, **settings)
     before = snapshot(model)
     with pytest.raises(ValueError, match=next(iter(settings))):
-        vblora.storage.restore(adapter, tmp_path)
+        vblora.adapter.restore(adapter, tmp_path)
     assert_unchanged(model, before)
 
 

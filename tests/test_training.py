@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from vblora.files import read_json, write_json
 from vblora.methods.switch import parse_settings
-from vblora.storage.files import read_json, write_json
 from vblora.training import commands, records
 from vblora.training.arguments import MethodArguments
 from vblora.training.trainer import KeepBest

@@ -78,7 +78,7 @@ def pack(path, base="some/model", method="vblora", kind="llama", **settings):
     model = build(kind)
     model.config._name_or_path = base
     adapter = adapt(model, method, kind, **{"target_modules": ["q_proj", "v_proj"], **settings})
-    packed.write(adapter, path)
+    adapter.pack(path)
     return adapter
 
 
@@ -219,7 +219,7 @@ def test_an_adapter_for_other_layers_is_refused(tmp_path):
         model = build("llama", **{"hidden": 32, "layers": 2, **settings})
         model.config._name_or_path = str(base)
         packed.write(
-            vblora.attach(model, config_for("vblora", "llama", target_modules=["q_proj"]), seed=0),
+            vblora.attach(model, config_for("vblora", "llama", target_modules=["q_proj"]), seed=0).content(),
             tmp_path / "adapters" / f"{name}.safetensors",
         )
     content = packed.read(tmp_path / "adapters" / "good.safetensors")

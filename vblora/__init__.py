@@ -6,11 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vblora.adapter import Adapter, attach
+    from vblora.adapter import Adapter, attach, load, save
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
     from vblora.optim import AdamW, param_groups
     from vblora.serving.store import AdapterStore
-    from vblora.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -37,15 +36,16 @@ _HOMES = {
     "TiedLoRAConfig": "vblora.methods",
     "VBLoRAConfig": "vblora.methods",
     "attach": "vblora.adapter",
-    "load": "vblora.storage",
+    "load": "vblora.adapter",
     "param_groups": "vblora.optim",
-    "save": "vblora.storage",
+    "save": "vblora.adapter",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("vblora.methods")  # so that every method is known, whichever name was asked for first
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

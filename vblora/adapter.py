@@ -1,37 +1,29 @@
-"""Attach an adapter to a model: its forward path, merging, detaching. Written once, for every method.
+"""Attach an adapter to a model; save, load, merge and detach it. Written once, for every method.
 
-A method gives each adapted layer two factors, A (r x in) and B (out x r), and this file adds
-
-    y = base(x) + B A dropout(x)
-
-to the layer's output through a forward hook, so the base model keeps its classes, objects and parameter names.
-What differs between methods - their parameters, and how factors come of them - stands in vblora/methods/.
-
-Factors are composed once per forward pass, before the first layer runs, and kept without a gradient until a
-parameter changes. Composing outside the layers is also what keeps both forms of gradient checkpointing right:
-the recomputation of a segment finds the factors it had, and the reentrant form, whose first backward uses the
-graph up, gets a new composition per segment.
+A method gives each adapted layer two factors, A (r x in) and B (out x r). How they come of its parameters stands in its
+configuration (`vblora.config.AdapterConfig`), and what they do to a layer's output in `vblora.forward`.
 """
 
 from __future__ import annotations
 
 import keyword
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vblora.bank import Factors
-from vblora.config import AdapterConfig
+from vblora import storage
+from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.counting import Count, LayerShape
-from vblora.low_rank import add_low_rank, add_low_rank_, without_autocast
+from vblora.forward import ForwardPath
+from vblora.storage import Content, FileContent, check_heads, fitting, form_of, head_tensors, lora_format, packed
 from vblora.targets import (
     find_saved,
     find_targets,
+    is_conv1d,
     is_quantized,
     layer_shapes,
     output_slice,
@@ -82,14 +74,105 @@ def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[st
     return adapter
 
 
-class TensorSpec(NamedTuple):
-    """What a tensor in a file must be: floating point numbers, or whole numbers from 0 to `below` - 1."""
+def load(model: nn.Module, directory: str | Path, *, name: str | None = None, trainable: bool = False) -> Adapter:
+    """Attach to `model` the adapter in a directory or a packed file, in any form that this project or PEFT's VBLoRA
+    writes.
 
-    shape: tuple[int, ...]
-    below: int | None = None
+    Everything is checked before the model is touched.
+
+    Args:
+        model: the base model the adapter was trained on.
+        directory: what `save`, or PEFT's `save_pretrained`, wrote; or a packed file.
+        name: attribute of the model that will hold the adapter; as in `attach`.
+        trainable: have VB-LoRA's logits that a top-k form lacks drawn again, so that it can be trained on: see
+            `VBLoRA.redraw_logits`. The seed is the recorded one, or 0 where there is none (PEFT's files).
+
+    Raises:
+        ValueError: the files are damaged, hold something else, or do not fit the model; the message names
+            what is wrong. The model is as it was.
+    """
+    path = Path(directory)
+    if path.is_file():
+        content = packed.read(path)
+        config, saved = content.config, find_saved(model, content.config)
+        targets = fitting.find_layers(model, content, path)
+        read = _read_packed(content, path, layer_shapes(targets, config), saved)
+    else:
+        config, is_peft = storage.read_config(path)
+        targets, saved = find_targets(model, config), find_saved(model, config)
+        read = storage.read_content(path, config, is_peft, layer_shapes(targets, config), saved)
+    with torch.inference_mode(False):
+        adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
+    _take_over(adapter, read, redraw=trainable)
+    return adapter
 
 
-class Adapter(nn.Module):
+def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redraw: bool = False) -> None:
+    """Put the values in a directory, or a packed file, into an adapter that is attached already, as when training is
+    resumed.
+
+    Without `heads` the `modules_to_save` stay as they are, as when another task starts from this adapter. VB-LoRA's
+    top-k form lacks most logits: with `redraw` they are drawn again, as in `load(..., trainable=True)`.
+
+    Raises:
+        ValueError: as in `load`, or the settings differ, or it is the top-k form. The adapter is as it was.
+    """
+    path = Path(directory)
+    saved = adapter.saved if heads else None
+    if path.is_file():
+        content = packed.read(path)
+        _require_settings(adapter, content.config, path, {shape.name for shape in content.shapes})
+        read = _read_packed(content, path, adapter.shapes, saved)
+    else:
+        config, is_peft = storage.read_config(path)
+        model, _ = adapter._require_home()
+        _require_settings(adapter, config, path, set(find_targets(model, config)))
+        read = storage.read_content(path, config, is_peft, adapter.shapes, saved)
+    if isinstance(adapter.config, VBLoRAConfig) and form_of(read.native) != "full" and not redraw:
+        raise ValueError(
+            f'{path} holds the top-k form; to train on it must be the full one (form="full"), '
+            "or its missing logits drawn again (redraw=True)"
+        )
+    _take_over(adapter, read, redraw)
+
+
+def _require_settings(adapter: Adapter, config: AdapterConfig, path: Path, names: set[str]) -> None:
+    """Refuse a file of other settings than the adapter's; its layers may be named in another way."""
+    ours, theirs = adapter.config.to_dict(), config.to_dict()
+    if names == set(adapter.targets):
+        theirs["target_modules"] = ours["target_modules"]
+    if type(config) is not type(adapter.config) or ours != theirs:
+        changed = [key for key in ours if ours[key] != theirs.get(key)]
+        raise ValueError(f"{path} has other settings than this run: {', '.join(changed) or config.method}")
+
+
+def _read_packed(
+    content: Content, path: Path, shapes: Sequence[LayerShape], saved: dict[str, nn.Module] | None
+) -> FileContent:
+    """A packed file's content in the order of these layers; its own tensors are checked already."""
+    try:
+        native = fitting.in_order_of(content, shapes)
+        if saved is not None:
+            check_heads(content.heads, head_tensors(saved))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return FileContent(native, {} if saved is None else content.heads, content.init_seed)
+
+
+def _take_over(adapter: Adapter, content: FileContent, redraw: bool) -> None:
+    adapter.init_seed = content.init_seed
+    adapter._composed = None
+    with torch.inference_mode(False):
+        adapter.load_tensors(content.native)
+        if redraw:
+            adapter.make_trainable(content.init_seed or 0)
+    own = head_tensors(adapter.saved)
+    with torch.no_grad():
+        for key, tensor in content.heads.items():
+            own[key].copy_(tensor)
+
+
+class Adapter(ForwardPath):
     """The adapter of one model. Methods derive from it; users get one from `vblora.attach` or `vblora.load`.
 
     Attributes:
@@ -119,51 +202,25 @@ class Adapter(nn.Module):
         self.outputs = {name: output_slice(name, module, config) for name, module in self.targets.items()}
         self.shapes: list[LayerShape] = layer_shapes(self.targets, config)
         self.saved: dict[str, nn.Module] = {}
-        self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._trainable_before: set[str] = set()  # before the first adapter of the model
         self._originals: dict[str, Tensor] | None = None  # base weights while merged
-        self._merged = False
         self._merged_over = 0  # adapters that were merged before this one
-        self._enabled = True
-        self._composition: _Composition | None = None
-        self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
-        self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
 
-    # -- what a method writes ------------------------------------------------------------------------------------
-
-    def compose(self) -> tuple[Tensor, ...]:
-        """What all factors are made of, computed from the parameters with their graph."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
-
-    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
-        """A (r, in) and B transposed (r, out) of each layer, as views of what `compose` gave."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
-
-    def stored_parameters(self) -> Count:
-        """What the adapter stores, without the modules of `modules_to_save`: see `vblora.counting.Count`."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
-
-    @classmethod
-    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        """What a file of this form ("topk" or "full") holds: name, shape and kind of each tensor."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
+    # -- what a method may write (see also `AdapterConfig`, where the rest of a method is) --------------------------
 
     def tensors(self, form: str) -> dict[str, Tensor]:
-        """The tensors of a file of this form, as `spec` describes them."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
+        """The tensors of a file of this form, as `config.spec` describes them."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
+    @torch.no_grad()
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over the tensors of a file, already checked against `spec`."""
-        raise NotImplementedError  # pragma: no cover - every method has its own
+        """Take over the tensors of a file, already checked against `config.spec`."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
 
-    def kept_config(self, form: str) -> AdapterConfig:
-        """The settings that a file of this form is written with."""
-        return self.config
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Nothing: the adapter works through hooks. An nn.Sequential, though, calls each of its sub-modules."""
-        return x
+    def make_trainable(self, seed: int) -> None:
+        """Make up for what a top-k file lacks: nothing, but for VB-LoRA."""
 
     # -- what users call -----------------------------------------------------------------------------------------
 
@@ -256,30 +313,59 @@ class Adapter(nn.Module):
                 parameter.requires_grad_(not others and parameter_name in self._trainable_before)
         self._home = None
 
-    def save(self, directory: str, *, form: str = "topk") -> None:
-        """Write the adapter, with its `modules_to_save`, as a directory: see `vblora.storage.save`."""
-        from vblora.storage import save
+    def stored_parameters(self) -> Count:
+        """What the adapter stores, without the modules of `modules_to_save`: see `vblora.counting.Count`."""
+        return self.config.count(self.shapes)
 
-        save(self, directory, form=form)
+    def content(self, form: str = "topk") -> Content:
+        """All that a file of this form holds.
+
+        Raises:
+            ValueError: the adapter is attached to no model.
+        """
+        model, _ = self._require_home()
+        return Content(
+            self.config.kept(form),
+            list(self.shapes),
+            {name: t.detach().cpu() for name, t in self.tensors(form).items()},
+            {name: t.detach().cpu() for name, t in head_tensors(self.saved).items()},
+            getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+            self.init_seed,
+            any(is_conv1d(module) for module in self.targets.values()),
+        )
+
+    def save(self, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:
+        """Write the adapter, with its `modules_to_save`, into a directory.
+
+        Args:
+            directory: made if missing; an adapter in it is replaced, each file in one step.
+            form: "topk" to keep and use; "full" to go on training.
+            format: "peft" for PEFT's VBLoRA files, "native" for our own, "auto" for PEFT's where it fits.
+
+        Raises:
+            ValueError: a form or format that cannot hold this adapter. Nothing is written then.
+        """
+        if form not in storage.FORMS or format not in storage.FORMATS:
+            raise ValueError(
+                f"form is one of {storage.FORMS} and format one of {storage.FORMATS}, not {form!r} and {format!r}"
+            )
+        storage.write_directory(self.content(form), directory, format)
 
     def pack(
-        self, path: str, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
+        self, path: str | Path, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
     ) -> int:
         """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.storage.packed.write`."""
-        from vblora.storage import packed
+        return packed.write(self.content(), path, bank=bank, weights=weights, heads=heads)
 
-        return packed.write(self, path, bank=bank, weights=weights, heads=heads)
-
-    def export_lora(self, directory: str, *, dtype: torch.dtype = torch.float32) -> None:
+    def export_lora(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.storage.lora_format`."""
-        from vblora.storage.lora_format import export
+        model, _ = self._require_home()
+        lora_format.export(
+            self.content(), directory, self.layer_factors(), dtype=dtype, task_type=lora_format.task_type_of(model)
+        )
 
-        export(self, directory, dtype=dtype)
-
-    def start_from(self, directory: str, *, redraw: bool = False) -> None:
-        """Take over the values of a saved adapter of the same settings, but not its heads: see `storage.restore`."""
-        from vblora.storage import restore
-
+    def start_from(self, directory: str | Path, *, redraw: bool = False) -> None:
+        """Take over the values of a saved adapter of the same settings, but not its heads: see `restore`."""
         restore(self, directory, heads=False, redraw=redraw)
 
     def head_parameters(self) -> int:
@@ -303,14 +389,8 @@ class Adapter(nn.Module):
         self.train(model.training)
         self.to(_device_of(next(iter(self.targets.values()))))
         model.add_module(name, self)
-        self._handles.append(model.register_forward_pre_hook(_RootHook(self)))
-        self._handles.append(model.register_forward_hook(_RootEndHook(self)))
-        embeddings = _input_embeddings(model)
-        if embeddings is not None:
-            self._handles.append(embeddings.register_forward_hook(_EmbeddingHook(self)))
-        for indices in self._indices_by_layer():
-            layer = self.targets[self.shapes[indices[0]].name]
-            self._handles.append(layer.register_forward_hook(_LayerHook(self, indices), with_kwargs=True))
+        layers = [(self.targets[self.shapes[group[0]].name], group) for group in self._indices_by_layer()]
+        self._handles += self.install_hooks(model, layers)
 
     def _indices_by_layer(self) -> list[list[int]]:
         """The numbers of the targets that are in one layer, layer by layer: one, or the parts of a split one."""
@@ -339,237 +419,9 @@ class Adapter(nn.Module):
             raise ValueError("the adapter is not attached to a model")
         return self._home
 
-    def _current(self, *, layer: int | None = None) -> _Composition:
-        """The composition for `layer`, or for a new forward pass of the whole model: the last one if it still serves.
-
-        It does not if a parameter changed or its graph has been used up. A new forward pass gets a graph of its
-        own, so that each of several passes can be gone back through alone. What went through a backward pass serves
-        no longer even without gradients: a step has probably followed, and fused optimisers change parameters
-        without PyTorch's version counter noticing.
-        """
-        want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        new_pass = layer is None
-        if new_pass:
-            self._pass_has_graph = want_graph
-        state = self._state_key()
-        last = self._composition
-        if (
-            last is None
-            or last.used
-            or last.state != state
-            or (want_graph and (new_pass or not last.has_graph or (layer in last.to_recompute and in_backward())))
-        ):
-            self._composition = _Composition(self, state, want_graph)
-        assert self._composition is not None
-        if layer is not None and self._pass_has_graph and not want_graph:
-            self._composition.to_recompute.add(layer)
-        return self._composition
-
-    def _state_key(self) -> tuple[Any, ...]:
-        """Changes whenever a parameter or buffer is written to or moved."""
-        tensors = [*self._parameters.values(), *self._buffers.values()]
-        return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
-
-    def _add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
-        """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
-        factors: Mapping[int, Factors] | Sequence[Factors]
-        if torch.compiler.is_compiling():
-            factors = self._traced_factors(indices, output.dtype, output.device)
-        else:
-            factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
-        if x.dtype != output.dtype or x.device != output.device:
-            x = x.to(device=output.device, dtype=output.dtype)
-        if self.training and self.config.dropout:
-            x = F.dropout(x, self.config.dropout)
-        with without_autocast(output.device.type):
-            if self.outputs[self.shapes[indices[0]].name] == slice(None):
-                add = add_low_rank_ if in_place else add_low_rank
-                return add(output, x, *factors[indices[0]])
-            return self._add_to_parts(output, x, indices, factors)
-
-    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: Any) -> Tensor:
-        """The same for a layer that is several in one (`split_modules`)."""
-        hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
-        parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
-        flat = output.reshape(-1, output.shape[-1])
-        sums = list(flat.split(self.shapes[indices[0]].out_features, dim=-1))  # parts are equally wide
-        for index, part in zip(indices, parts, strict=True):
-            at = self.outputs[self.shapes[index].name].start // self.shapes[index].out_features
-            sums[at] = torch.addmm(sums[at], part, factors[index][1])
-        return torch.cat(sums, dim=-1).view(output.shape)
-
-    def _traced_factors(self, indices: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, Factors]:
-        """While torch.compile traces: what was composed before the first layer, with none of the bookkeeping.
-
-        A layer called without the whole model's forward pass composes for itself.
-        """
-        factors = self._traced_composition() if self._composed is None else self._composed
-        return {
-            i: (factors[i][0].to(device=device, dtype=dtype), factors[i][1].to(device=device, dtype=dtype))
-            for i in indices
-        }
-
-    def _traced_composition(self) -> list[Factors]:
-        with without_autocast(self.parameter_device.type):
-            return self.factors(self.compose())
-
-    @property
-    def parameter_device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The composition is a cache with a graph in it: neither can nor should be copied.
-        return {**self.__dict__, "_composition": None, "_composed": None}
-
-
-class _Composition:
-    """The factors of one forward pass (or of many, where nothing needs a gradient)."""
-
-    def __init__(self, adapter: Adapter, state: tuple[Any, ...], want_graph: bool) -> None:
-        adapter._composed = None
-        self.state = state
-        self.used = False  # its graph has been through a backward pass
-        # Layers called without gradients in a pass that has them: reentrant checkpointing will call them again,
-        # and go back through that call at once, when other layers may still need this composition's graph.
-        self.to_recompute: set[int] = set()
-        self._adapter = weakref.ref(adapter)
-        self._by_precision: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
-        device = adapter.parameter_device
-        if device.type == "meta":
-            raise ValueError(
-                f"the parameters of {type(adapter).__name__} were offloaded: attach the adapter after the model "
-                "has been given its device map"
-            )
-        # In autocast the factors are still composed in their own precision, and rounded once (in `factors`).
-        # In inference mode they are made as normal tensors, because a later training pass may find them.
-        no_autocast = torch.autocast(device_type=device.type, enabled=False)
-        with torch.inference_mode(False), torch.set_grad_enabled(want_graph), no_autocast:
-            tensors = adapter.compose()
-            self.has_graph = any(t.requires_grad for t in tensors)
-            if self.has_graph:
-                tensors = self._joined(tensors)
-        self.tensors: tuple[Tensor, ...] = tensors
-        self.own_precision = tensors[0].dtype, device
-
-    def _joined(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The tensors, with those that need a gradient passed through one `_Joint`."""
-        joined = iter(_Joint.apply(weakref.ref(self), *(t for t in tensors if t.requires_grad)))
-        return tuple(next(joined) if t.requires_grad else t for t in tensors)
-
-    def factors(self, dtype: torch.dtype, device: torch.device) -> list[Factors]:
-        """The factors of all layers in this precision and on this device, made at the first call."""
-        key = (dtype, device)
-        if key not in self._by_precision:
-            adapter = self._adapter()
-            assert adapter is not None
-            # With a graph even where the caller has switched gradients off: the first pass of reentrant
-            # checkpointing has, and its recomputation, which needs them, finds these tensors.
-            with torch.inference_mode(False), torch.set_grad_enabled(self.has_graph):
-                converted = tuple(t.to(device=device, dtype=dtype) for t in self.tensors)
-                self._by_precision[key] = adapter.factors(converted)
-        return self._by_precision[key]
-
-
-class _Joint(torch.autograd.Function):
-    """The identity on all composed tensors at once. Its backward runs when every layer's gradient is there,
-    and notes that the graph behind it is used up, so that the next forward pass composes anew."""
-
-    @staticmethod
-    def forward(ctx: Any, composition: weakref.ref[_Composition], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.composition = composition
-        ctx.set_materialize_grads(False)
-        return tuple(t.view_as(t) for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        composition = ctx.composition()
-        if composition is not None:
-            composition.used = True
-            if (adapter := composition._adapter()) is not None:
-                adapter._composed = None  # a step has probably followed when a compiled layer is called by itself
-        return (None, *gradients)
-
-
-# Hooks are small objects, not closures: a deep copy of the model copies them and the adapter they hold together.
-
-
-class _RootHook:
-    """Before the model's forward pass: have the factors composed, outside of every checkpointed segment."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        adapter = self.adapter
-        if adapter._enabled and not adapter._merged:
-            if torch.compiler.is_compiling():
-                adapter._composed = adapter._traced_composition()
-            else:
-                composition = adapter._current()
-                adapter._composed = composition.factors(*composition.own_precision)
-
-
-class _RootEndHook:
-    """After a compiled model's forward pass: let the factors go, or they would be one of its results."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.adapter._composed = None
-
-
-class _LayerHook:
-    """After an adapted layer: add its B A x to the output."""
-
-    def __init__(self, adapter: Adapter, indices: list[int]) -> None:
-        self.adapter = adapter
-        self.indices = indices
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter._enabled or self.adapter._merged:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
-        kept = len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks
-        in_place = type(module) is nn.Linear and not kept
-        return self.adapter._add_to(output, x, self.indices, in_place)
-
-
-class _EmbeddingHook:
-    """After the input embeddings, with gradient checkpointing on: make their output require a gradient.
-
-    The reentrant form runs a segment's backward only if its input requires one, and everything below the
-    first adapted layer is frozen: without this the adapters would silently get no gradient.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        model, _ = self.adapter._require_home()
-        if model.training and torch.is_grad_enabled() and not output.requires_grad:
-            if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-                output.requires_grad_(True)
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running."""
-    return torch._C._current_graph_task_id() != -1
-
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    """transformers' input embeddings, where the model is one of theirs and has some."""
-    get_input = getattr(model, "get_input_embeddings", None)
-    try:
-        return get_input() if get_input is not None else None
-    except NotImplementedError:
-        return None
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -580,3 +432,8 @@ def _device_of(module: nn.Module) -> torch.device:
     hook = getattr(module, "_hf_hook", None)
     execution = getattr(hook, "execution_device", None)
     return torch.device(execution if execution is not None else "cpu")
+
+
+def save(adapter: Adapter, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:
+    """As `Adapter.save`."""
+    adapter.save(directory, form=form, format=format)

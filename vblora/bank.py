@@ -87,3 +87,29 @@ class Layout:
     def _view(self, part: Tensor, features: int) -> Tensor:
         whole = part.view(self.r, -1)  # (r, tiles * b)
         return whole if whole.shape[1] == features else whole[:, :features]
+
+
+# --- What is kept after training: k - 1 weights and k indices for each sub-vector ---
+
+
+def topk_tensors(bank: Tensor, indices: Tensor, selected: Tensor) -> dict[str, Tensor]:
+    """The tensors of a top-k file, from the bank (h, b) and the selected logits (N, k) with their indices."""
+    # In float32 whatever the adapter's precision: PEFT reads the weights in no other.
+    weights = at_most_one(selected.float().softmax(dim=-1)[:, :-1])  # (N, k - 1)
+    return {"vector_bank": bank, "topk_indices": indices, "topk_weights": weights}
+
+
+def at_most_one(weights: Tensor) -> Tensor:
+    """The first k - 1 of k weights in float32 (N, k - 1), lowered by some bits where rounding took their sum above 1.
+
+    The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
+    """
+    above = weights.sum(dim=-1, keepdim=True) > 1
+    return torch.where(above, weights * (1 - 4 * torch.finfo(torch.float32).eps), weights)
+
+
+def selected_logits(weights: Tensor) -> Tensor:
+    """The k logits (N, k), logarithms of the weights, that the first k - 1 weights of a top-k file stand for."""
+    first = weights.float().clamp(min=0)  # (N, k - 1)
+    last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
+    return torch.cat([first, last], dim=1).log()

@@ -7,8 +7,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from vblora import counting
+from vblora.bank import Factors, Layout, compose, selected_logits
+from vblora.counting import Count, LayerShape
+from vblora.selection import RULES
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor in a file must be: floating point numbers, or whole numbers from 0 to `below` - 1."""
+
+    shape: tuple[int, ...]
+    below: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -32,6 +47,7 @@ class AdapterConfig:
     """
 
     method: ClassVar[str]
+    known: ClassVar[dict[str, type[AdapterConfig]]] = {}
 
     r: int = 4
     target_modules: list[str] | str | None = None
@@ -60,6 +76,29 @@ class AdapterConfig:
             raise ValueError("layers_pattern does nothing without layers_to_transform")
         self._require_parts()
         self.require_positive("r")
+
+    def __init_subclass__(cls) -> None:
+        """A configuration with a `method` of its own is known by that name to files and command lines."""
+        if "method" in cls.__dict__:
+            AdapterConfig.known[cls.method] = cls
+
+    # -- what a method says of itself, without a model ---------------------------------------------------------------
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        """What a file of this form ("topk" or "full") holds: name, shape and kind of each tensor."""
+        raise NotImplementedError
+
+    def factors(self, shapes: Sequence[LayerShape], tensors: Mapping[str, Tensor]) -> list[Factors]:
+        """A (r, in) and B transposed (r, out) of each layer, from the tensors of a file in its top-k form."""
+        raise ValueError(f"the factors of {self.method} follow from the base model's weights: load it into its model")
+
+    def count(self, shapes: Sequence[LayerShape]) -> Count:
+        """What is stored, without the modules of `modules_to_save`: all numbers of a file, in float32."""
+        return counting.float32(sum(math.prod(spec.shape) for spec in self.spec(shapes, "topk").values()))
+
+    def kept(self, form: str) -> AdapterConfig:
+        """The settings that a file of this form is written with."""
+        return self
 
     @property
     def dropout(self) -> float:
@@ -150,6 +189,100 @@ class ScaledConfig(AdapterConfig):
     @property
     def scaling(self) -> float:
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+
+@dataclass(kw_only=True)
+class VBLoRAConfig(AdapterConfig):
+    """Settings of VB-LoRA, under PEFT's field names (see also `AdapterConfig`).
+
+    Args:
+        num_vectors: h, the number of vectors in the bank.
+        vector_length: b, the length of a sub-vector. It need not divide the layers' widths.
+        topk: k, the vectors mixed into a sub-vector.
+        vblora_dropout: dropout probability on the factors' input.
+        init_vector_bank_bound: the bank starts uniform in [-bound, bound].
+        init_logits_std: the logits start normal with this standard deviation. PEFT's default is 0.1; the
+            authors' GLUE code, and this project's GLUE scripts, use 0.01.
+    """
+
+    method: ClassVar[str] = "vblora"
+
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    vblora_dropout: float = 0.0
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("num_vectors", "vector_length", "topk")
+        self.require_probability("vblora_dropout")
+        if self.topk > self.num_vectors:
+            raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
+        for name in ("init_vector_bank_bound", "init_logits_std"):
+            self.require_number(name)
+
+    @property
+    def dropout(self) -> float:
+        return self.vblora_dropout
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        n = counting.sub_vectors(shapes, self.r, self.vector_length)
+        h, b, k = self.num_vectors, self.vector_length, self.topk
+        bank = {"vector_bank": TensorSpec((h, b))}
+        if form == "full":
+            return {**bank, "logits": TensorSpec((n, h))}
+        return {**bank, "topk_indices": TensorSpec((n, k), below=h), "topk_weights": TensorSpec((n, k - 1))}
+
+    def count(self, shapes: Sequence[LayerShape]) -> Count:
+        return counting.count_vblora(
+            shapes, r=self.r, num_vectors=self.num_vectors, vector_length=self.vector_length, topk=self.topk
+        )
+
+    def factors(self, shapes: Sequence[LayerShape], tensors: Mapping[str, Tensor]) -> list[Factors]:
+        selected = selected_logits(tensors["topk_weights"])
+        table = compose(tensors["vector_bank"].float(), tensors["topk_indices"].long(), selected)
+        return Layout(shapes, self.r, self.vector_length).factors(table)
+
+
+@dataclass(kw_only=True)
+class SelectionConfig(VBLoRAConfig):
+    """Settings of VB-LoRA with another selection rule (see `vblora.selection` for the equations).
+
+    Args:
+        rule: "noisy_topk", "gumbel" or "gumbel_st".
+        tau: temperature of the Gumbel rules.
+        topk: k, the vectors selected: in training by noisy top-k, at inference by every rule.
+    """
+
+    method: ClassVar[str] = "vblora_selection"
+
+    rule: str = "noisy_topk"
+    tau: float = 1 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise ValueError(f"rule is one of {', '.join(RULES)}, not {self.rule!r}")
+        self.require_number("tau")
+        if self.tau == 0:
+            raise ValueError("tau must be above 0")
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by."""
+        return 1.0 if self.rule == "noisy_topk" else self.tau
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        specs = super().spec(shapes, "full")
+        return {**specs, "noise_scale": specs["logits"]} if self.rule == "noisy_topk" else specs
+
+    def kept(self, form: str) -> AdapterConfig:
+        """At inference it is plain VB-LoRA, and kept as that."""
+        if form == "full":
+            return self
+        return VBLoRAConfig(**{field.name: getattr(self, field.name) for field in fields(VBLoRAConfig)})
 
 
 def _is_list(value: Any, kind: type) -> bool:

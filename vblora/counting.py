@@ -115,7 +115,7 @@ def count_vblora(shapes: Sequence[LayerShape], *, r: int, num_vectors: int, vect
 def count_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
     """LoRA (arXiv 2106.09685): A and B of every layer, sum of r (in + out)."""
     _require_positive(r=r)
-    return _float32(sum(r * (shape.in_features + shape.out_features) for shape in shapes))
+    return float32(sum(r * (shape.in_features + shape.out_features) for shape in shapes))
 
 
 def count_vera(shapes: Sequence[LayerShape], *, r: int) -> Count:
@@ -124,7 +124,7 @@ def count_vera(shapes: Sequence[LayerShape], *, r: int) -> Count:
     The random matrices that all layers share are made again from their seed, and not stored.
     """
     _require_positive(r=r)
-    return _float32(sum(r + shape.out_features for shape in shapes))
+    return float32(sum(r + shape.out_features for shape in shapes))
 
 
 def count_tied_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
@@ -143,7 +143,7 @@ def count_tied_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
                 f"{shape.name} ({shape.in_features} -> {shape.out_features}): their shapes differ"
             )
     shared = sum(r * (shape.in_features + shape.out_features) for shape in tied.values())
-    return _float32(shared + sum(r + shape.out_features for shape in shapes))
+    return float32(shared + sum(r + shape.out_features for shape in shapes))
 
 
 def count_lora_xs(shapes: Sequence[LayerShape], *, r: int) -> Count:
@@ -152,13 +152,13 @@ def count_lora_xs(shapes: Sequence[LayerShape], *, r: int) -> Count:
     A and B come from the singular value decomposition of the base weight and are not stored.
     """
     _require_positive(r=r)
-    return _float32(len(shapes) * r * r)
+    return float32(len(shapes) * r * r)
 
 
 def count_full(model_parameters: int) -> Count:
     """Full fine-tuning: every parameter of the model, in float32."""
     _require_positive(model_parameters=model_parameters)
-    return _float32(model_parameters)
+    return float32(model_parameters)
 
 
 METHODS: dict[str, Callable[..., Count]] = {
@@ -171,7 +171,8 @@ METHODS: dict[str, Callable[..., Count]] = {
 """The adapter methods by name. Each function takes the layer shapes, then its hyper-parameters by keyword."""
 
 
-def _float32(parameters: int) -> Count:
+def float32(parameters: int) -> Count:
+    """All of them float32: every rule counts the same."""
     return Count(parameters, parameters, parameters, parameters * FLOAT32_BYTES)
 
 

@@ -16,16 +16,16 @@ widened. Where most entries have been selected, or no seed is known, it holds al
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from vblora.bank import select
-
-if TYPE_CHECKING:
-    from vblora.methods.vb_lora import VBLoRAConfig
+from vblora.config import VBLoRAConfig
 
 START = 32  # slots at the beginning; in real training a row has 10 to 20 selected entries after some hundred steps
 BLOCK = 1 << 22  # numbers that are drawn at once: all N x h would be 320 MB for Llama2-7B
@@ -289,3 +289,19 @@ class LogitTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_noted": None}
+
+
+# Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
+# reached it (groups, model.parameters(), a copy of the model).
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def register_owner(selected: nn.Parameter, adapter: Any) -> None:
+    """Note that `selected` holds the selected logits of `adapter`."""
+    _owners[selected] = weakref.ref(adapter)
+
+
+def owner_of(parameter: Tensor) -> Any:
+    """The adapter whose selected logits `parameter` holds, if any."""
+    reference = _owners.get(parameter)
+    return reference() if reference is not None else None

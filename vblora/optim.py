@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import nn
 
-if TYPE_CHECKING:
-    from vblora.logits import LogitTable
-    from vblora.methods.vb_lora import VBLoRA
-
-# Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
-# reached it (groups, model.parameters(), a copy of the model).
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def register_owner(selected: nn.Parameter, adapter: VBLoRA) -> None:
-    """Note that `selected` holds the selected logits of `adapter`."""
-    _owners[selected] = weakref.ref(adapter)
-
-
-def owner_of(parameter: Tensor) -> VBLoRA | None:
-    """The adapter whose selected logits `parameter` holds, if any."""
-    reference = _owners.get(parameter)
-    return reference() if reference is not None else None
+from vblora.adapter import Adapter
+from vblora.logits import LogitTable, owner_of
+from vblora.methods.peft_bridge import peft_parameter_names
+from vblora.methods.vb_lora import VBLoRA
 
 
 def param_groups(
@@ -101,9 +85,6 @@ def _members(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def _adapter_groups(model: nn.Module) -> dict[str, str]:
     """The group of every parameter that is an adapter's own, ours or PEFT's, by its name in the model."""
-    from vblora.adapter import Adapter
-    from vblora.methods.peft_bridge import peft_parameter_names
-
     theirs = set(peft_parameter_names(model))
     groups = {name: _group_of(p) for name, p in model.named_parameters() if name in theirs}
     groups |= {name: "scales" for name in groups if ".ia3_l." in name}  # vectors, kept as matrices of one row

@@ -15,7 +15,7 @@ import mt_bench
 import reproduce_instruct
 from instruct_rows import row
 from reproduce_instruct import Instructions, Trial
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import campaign
 
 TABLE = Instructions()

@@ -14,7 +14,7 @@ import math_paper
 import reproduce_math
 from math_rows import row
 from reproduce_math import Mathematics
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import campaign
 
 TABLE = Mathematics()

@@ -17,7 +17,7 @@ import generate_problems
 import solve
 from math_references import read
 from vblora.cli import main as vblora_command
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import causal
 from vblora.training.sampling import spaced
 

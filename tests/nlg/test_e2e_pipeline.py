@@ -20,7 +20,7 @@ import generation
 import train
 from causal_text import prompts
 from e2e_data import Example, group, load_split
-from vblora.storage.files import read_json, read_tensors
+from vblora.files import read_json, read_tensors
 from vblora.training import causal
 from vblora.training.causal import load_tokenizer
 

@@ -13,7 +13,7 @@ import reproduce_e2e
 import run_e2e
 from e2e_rows import row
 from reproduce_e2e import E2E, Trial
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.training import campaign
 
 TABLE = E2E()

@@ -16,7 +16,7 @@ import figures
 import table
 from experiments import Trial, ablation
 from figures import Point, Source
-from vblora.storage.files import write_json, write_tensors
+from vblora.files import write_json, write_tensors
 from vblora.training.selection_log import read_log
 
 LAYERS = [f"encoder.layer.{block}.attention.self.{module}" for block in range(6) for module in ("query", "value")]

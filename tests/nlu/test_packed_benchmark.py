@@ -9,7 +9,7 @@ import pytest
 
 import run_glue
 import sizes
-from vblora.storage.files import read_json
+from vblora.files import read_json
 from vblora.storage.packing import pack_directory
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -14,7 +14,7 @@ import paper
 import reproduce
 import table
 from experiments import Trial
-from vblora.storage.files import read_json, write_json
+from vblora.files import read_json, write_json
 from vblora.training import campaign
 
 GLUE = reproduce.Glue()

@@ -18,8 +18,8 @@ import generate_cola
 import hyperparameters
 import run_glue
 import vblora
-from vblora.storage.files import read_json, read_tensors
-from vblora.storage.shared_bank import read_bank
+from vblora.files import read_json, read_tensors
+from vblora.methods.vb_lora import read_bank
 from vblora.training import plans
 
 NLU = Path(run_glue.__file__).parent

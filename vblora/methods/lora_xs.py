@@ -9,10 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vblora import counting
-from vblora.adapter import Adapter, TensorSpec
-from vblora.bank import Factors
-from vblora.config import AdapterConfig, ScaledConfig
+from vblora.adapter import Adapter
+from vblora.config import ScaledConfig, TensorSpec
 from vblora.counting import LayerShape
 from vblora.targets import full_weight
 
@@ -32,6 +30,9 @@ class LoRAXSConfig(ScaledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_number("init_std")
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        return {"mixing": TensorSpec((len(shapes), self.r, self.r))}
 
 
 class LoRAXS(Adapter, config=LoRAXSConfig):
@@ -61,10 +62,6 @@ class LoRAXS(Adapter, config=LoRAXSConfig):
         self.register_buffer("svd_out", torch.cat([us.flatten().cpu() for us, _ in pairs]), persistent=False)
         self.register_buffer("svd_in", torch.cat([vt.flatten().cpu() for _, vt in pairs]), persistent=False)
 
-    @classmethod
-    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        return {"mixing": TensorSpec((len(shapes), config.r, config.r))}
-
     def compose(self) -> tuple[Tensor, ...]:
         r = self.config.r
         outs = self.get_buffer("svd_out").split([r * shape.out_features for shape in self.shapes])
@@ -74,19 +71,6 @@ class LoRAXS(Adapter, config=LoRAXSConfig):
             composed.append(mixing @ vt.view(r, -1))  # (r, in)
             composed.append(us.view(r, -1))  # (r, out)
         return tuple(composed)
-
-    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
-        return list(zip(composed[0::2], composed[1::2], strict=True))
-
-    def stored_parameters(self) -> counting.Count:
-        return counting.count_lora_xs(self.shapes, r=self.config.r)
-
-    def tensors(self, form: str) -> dict[str, Tensor]:
-        return {"mixing": self.mixing.detach()}
-
-    @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        self.mixing.copy_(tensors["mixing"])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vblora.counting import Count
-from vblora.storage.files import read_tensors
+from vblora.files import read_tensors
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -10,8 +10,8 @@ from torch import nn
 
 from vblora.adapter import Adapter, attach
 from vblora.counting import Count, count_full
+from vblora.files import read_json, read_tensors
 from vblora.methods.peft_bridge import PeftAdapter, peft_config, peft_config_class, peft_config_from_dict
-from vblora.storage.files import read_json, read_tensors
 
 HEADS = ("classifier.", "score.")  # where transformers' models keep a task's head
 OWN_METHODS = {config.method: config for config in Adapter.methods}

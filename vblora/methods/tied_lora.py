@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vblora import counting
-from vblora.adapter import Adapter, TensorSpec
+from vblora.adapter import Adapter
 from vblora.bank import Factors
-from vblora.config import AdapterConfig, ScaledConfig
-from vblora.counting import LayerShape
+from vblora.config import ScaledConfig, TensorSpec
+from vblora.counting import Count, LayerShape
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,29 @@ class TiedLoRAConfig(ScaledConfig):
     """Settings of Tied-LoRA: see `ScaledConfig`."""
 
     method: ClassVar[str] = "tied_lora"
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        specs = {}
+        for index, shape in enumerate(_kinds(shapes).values()):
+            specs[f"factor_a_{index}"] = TensorSpec((self.r, shape.in_features))
+            specs[f"factor_b_{index}"] = TensorSpec((self.r, shape.out_features))  # B transposed
+        specs["scale_u"] = TensorSpec((len(shapes), self.r))
+        specs["scale_v"] = TensorSpec((sum(shape.out_features for shape in shapes),))  # one after another
+        return specs
+
+    def factors(self, shapes: Sequence[LayerShape], tensors: Mapping[str, Tensor]) -> list[Factors]:
+        kinds = list(_kinds(shapes))
+        u = tensors["scale_u"] * self.scaling  # (L, r)
+        v = tensors["scale_v"].split([shape.out_features for shape in shapes])
+        pairs = []
+        for layer, shape in enumerate(shapes):
+            index = kinds.index(shape.kind)
+            a = u[layer].unsqueeze(1) * tensors[f"factor_a_{index}"]  # (r, in)
+            pairs.append((a, tensors[f"factor_b_{index}"] * v[layer]))  # B transposed, (r, out)
+        return pairs
+
+    def count(self, shapes: Sequence[LayerShape]) -> Count:
+        return counting.count_tied_lora(shapes, r=self.r)
 
 
 class TiedLoRA(Adapter, config=TiedLoRAConfig):
@@ -38,7 +61,7 @@ class TiedLoRA(Adapter, config=TiedLoRAConfig):
     def __init__(self, config: TiedLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
         counting.count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
-        for name, tensor_spec in self.spec(config, self.shapes, "full").items():
+        for name, tensor_spec in config.spec(self.shapes, "full").items():
             fill = torch.zeros if name.startswith("factor") else torch.ones
             self.register_parameter(name, nn.Parameter(fill(tensor_spec.shape)))
         if seed is not None:
@@ -46,41 +69,6 @@ class TiedLoRA(Adapter, config=TiedLoRAConfig):
             for index in range(len(_kinds(self.shapes))):
                 a = self.get_parameter(f"factor_a_{index}")
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-
-    @classmethod
-    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        specs = {}
-        for index, shape in enumerate(_kinds(shapes).values()):
-            specs[f"factor_a_{index}"] = TensorSpec((config.r, shape.in_features))
-            specs[f"factor_b_{index}"] = TensorSpec((config.r, shape.out_features))  # B transposed
-        specs["scale_u"] = TensorSpec((len(shapes), config.r))
-        specs["scale_v"] = TensorSpec((sum(shape.out_features for shape in shapes),))  # one after another
-        return specs
-
-    def compose(self) -> tuple[Tensor, ...]:
-        kinds = list(_kinds(self.shapes))
-        u = self.get_parameter("scale_u") * self.config.scaling  # (L, r)
-        v = self.get_parameter("scale_v").split([shape.out_features for shape in self.shapes])
-        composed: list[Tensor] = []
-        for layer, shape in enumerate(self.shapes):
-            index = kinds.index(shape.kind)
-            composed.append(u[layer].unsqueeze(1) * self.get_parameter(f"factor_a_{index}"))  # (r, in)
-            composed.append(self.get_parameter(f"factor_b_{index}") * v[layer])  # (r, out)
-        return tuple(composed)
-
-    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
-        return list(zip(composed[0::2], composed[1::2], strict=True))
-
-    def stored_parameters(self) -> counting.Count:
-        return counting.count_tied_lora(self.shapes, r=self.config.r)
-
-    def tensors(self, form: str) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
-    @torch.no_grad()
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
 
 
 def _kinds(shapes: Sequence[LayerShape]) -> dict[str, LayerShape]:

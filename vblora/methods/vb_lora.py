@@ -3,57 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vblora import counting
-from vblora.adapter import Adapter, TensorSpec
-from vblora.bank import Factors, Layout, compose
-from vblora.config import AdapterConfig
-from vblora.counting import LayerShape
-from vblora.logits import LogitTable, draw
-from vblora.optim import register_owner
-
-
-@dataclass(kw_only=True)
-class VBLoRAConfig(AdapterConfig):
-    """Settings of VB-LoRA, under PEFT's field names (see also `AdapterConfig`).
-
-    Args:
-        num_vectors: h, the number of vectors in the bank.
-        vector_length: b, the length of a sub-vector. It need not divide the layers' widths.
-        topk: k, the vectors mixed into a sub-vector.
-        vblora_dropout: dropout probability on the factors' input.
-        init_vector_bank_bound: the bank starts uniform in [-bound, bound].
-        init_logits_std: the logits start normal with this standard deviation. PEFT's default is 0.1; the
-            authors' GLUE code, and this project's GLUE scripts, use 0.01.
-    """
-
-    method: ClassVar[str] = "vblora"
-
-    num_vectors: int = 256
-    vector_length: int = 256
-    topk: int = 2
-    vblora_dropout: float = 0.0
-    init_vector_bank_bound: float = 0.02
-    init_logits_std: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require_positive("num_vectors", "vector_length", "topk")
-        self.require_probability("vblora_dropout")
-        if self.topk > self.num_vectors:
-            raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
-        for name in ("init_vector_bank_bound", "init_logits_std"):
-            self.require_number(name)
-
-    @property
-    def dropout(self) -> float:
-        return self.vblora_dropout
+from vblora.adapter import Adapter
+from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
+from vblora.config import VBLoRAConfig
+from vblora.files import read_tensors
+from vblora.logits import LogitTable, draw, register_owner
+from vblora.storage import TENSOR_FILE, packed
+from vblora.storage.peft_format import BANK
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):
@@ -102,12 +65,6 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
         return self.layout.factors(composed[0])
 
-    def stored_parameters(self) -> counting.Count:
-        c = self.config
-        return counting.count_vblora(
-            self.shapes, r=c.r, num_vectors=c.num_vectors, vector_length=c.vector_length, topk=c.topk
-        )
-
     @torch.no_grad()
     def selection(self) -> tuple[Tensor, Tensor]:
         """The selected vectors of each sub-vector and their weights, both (N, k), the heaviest first."""
@@ -141,6 +98,11 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         values, indices = self._require_logits().select()
         self.topk_logits.copy_(values)
         self.topk_indices.copy_(indices)
+
+    def make_trainable(self, seed: int) -> None:
+        if self.logits is None:
+            self.init_seed = seed
+            self.redraw_logits(seed)
 
     @torch.no_grad()
     def redraw_logits(self, seed: int) -> None:
@@ -205,16 +167,6 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         super()._load_from_state_dict(*args, **kwargs)
         self._note_owner()  # with assign=True the parameters are new objects
 
-    @classmethod
-    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        assert isinstance(config, VBLoRAConfig)
-        n = counting.sub_vectors(shapes, config.r, config.vector_length)
-        h, b, k = config.num_vectors, config.vector_length, config.topk
-        bank = {"vector_bank": TensorSpec((h, b))}
-        if form == "full":
-            return {**bank, "logits": TensorSpec((n, h))}
-        return {**bank, "topk_indices": TensorSpec((n, k), below=h), "topk_weights": TensorSpec((n, k - 1))}
-
     @torch.no_grad()
     def tensors(self, form: str) -> dict[str, Tensor]:
         bank = self.vector_bank.detach()
@@ -246,24 +198,40 @@ def _raised(selected: Tensor, drawn: Tensor) -> Tensor:
     return (apart[0] - apart[1]).median().clamp(min=0) / gaps
 
 
-def topk_tensors(bank: Tensor, indices: Tensor, selected: Tensor) -> dict[str, Tensor]:
-    """The tensors of a top-k file, from the bank (h, b) and the selected logits (N, k) with their indices."""
-    # In float32 whatever the adapter's precision: PEFT reads the weights in no other.
-    weights = at_most_one(selected.float().softmax(dim=-1)[:, :-1])  # (N, k - 1)
-    return {"vector_bank": bank, "topk_indices": indices, "topk_weights": weights}
+def read_bank(source: str | Path) -> Tensor:
+    """The bank (h, b) of an adapter: of a directory, ours or PEFT's, or of a packed file.
 
-
-def at_most_one(weights: Tensor) -> Tensor:
-    """The first k - 1 of k weights in float32 (N, k - 1), lowered by some bits where rounding took their sum above 1.
-
-    The reader takes the last weight as 1 - sum, and PEFT its logarithm: rounding must not make it negative.
+    Raises:
+        ValueError: no adapter is there, or one without a bank.
     """
-    above = weights.sum(dim=-1, keepdim=True) > 1
-    return torch.where(above, weights * (1 - 4 * torch.finfo(torch.float32).eps), weights)
+    path = Path(source)
+    if path.is_file():
+        tensors = packed.read(path).tensors
+    else:
+        path = path / TENSOR_FILE
+        tensors, _ = read_tensors(path)
+    banks = [tensor for name, tensor in tensors.items() if name in ("vector_bank", BANK)]
+    if len(banks) != 1 or banks[0].ndim != 2 or not banks[0].is_floating_point():
+        raise ValueError(f"{path} holds no vector bank")
+    return banks[0]
 
 
-def selected_logits(weights: Tensor) -> Tensor:
-    """The k logits (N, k), logarithms of the weights, that the first k - 1 weights of a top-k file stand for."""
-    first = weights.float().clamp(min=0)  # (N, k - 1)
-    last = (1 - first.sum(dim=-1, keepdim=True)).clamp(min=0)
-    return torch.cat([first, last], dim=1).log()
+@torch.no_grad()
+def use_bank(adapter: VBLoRA, source: str | Path) -> None:
+    """Take over the bank of a saved adapter, and freeze it: training moves the logits (and heads) alone.
+
+    Call it before `vblora.param_groups`, which then takes no `lr_vector_bank`.
+
+    Raises:
+        ValueError: as `read_bank`, or the bank has another shape. The adapter is as it was.
+    """
+    bank = read_bank(source)
+    if bank.shape != adapter.vector_bank.shape:
+        raise ValueError(
+            f"the bank in {source} is {tuple(bank.shape)}, this adapter's {tuple(adapter.vector_bank.shape)}: "
+            "num_vectors and vector_length must be the same"
+        )
+    if not torch.isfinite(bank).all():
+        raise ValueError(f"the bank in {source} holds NaN or infinite numbers")
+    adapter.vector_bank.copy_(bank)
+    adapter.vector_bank.requires_grad_(False)

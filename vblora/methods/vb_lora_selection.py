@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vblora import counting
-from vblora.adapter import Adapter, TensorSpec, in_backward
-from vblora.bank import Factors, Layout, compose, select
-from vblora.config import AdapterConfig
-from vblora.counting import LayerShape
+from vblora.adapter import Adapter
+from vblora.bank import Factors, Layout, compose, select, topk_tensors
+from vblora.config import SelectionConfig
+from vblora.forward import in_backward
 from vblora.logits import draw as draw_values
-from vblora.methods.vb_lora import VBLoRA, VBLoRAConfig, topk_tensors
-from vblora.selection import RULES, draw, gumbel_softmax, noisy_topk
-
-
-@dataclass(kw_only=True)
-class SelectionConfig(VBLoRAConfig):
-    """Settings of VB-LoRA with another selection rule (see `vblora.selection` for the equations).
-
-    Args:
-        rule: "noisy_topk", "gumbel" or "gumbel_st".
-        tau: temperature of the Gumbel rules.
-        topk: k, the vectors selected: in training by noisy top-k, at inference by every rule.
-    """
-
-    method: ClassVar[str] = "vblora_selection"
-
-    rule: str = "noisy_topk"
-    tau: float = 1 / 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rule not in RULES:
-            raise ValueError(f"rule is one of {', '.join(RULES)}, not {self.rule!r}")
-        self.require_number("tau")
-        if self.tau == 0:
-            raise ValueError("tau must be above 0")
-
-    @property
-    def temperature(self) -> float:
-        """What the logits are divided by."""
-        return 1.0 if self.rule == "noisy_topk" else self.tau
+from vblora.selection import draw, gumbel_softmax, noisy_topk
 
 
 class SelectionVBLoRA(Adapter, config=SelectionConfig):
@@ -64,7 +32,7 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
     def __init__(self, config: SelectionConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
         self.layout = Layout(self.shapes, config.r, config.vector_length)
-        for name, spec in self.spec(config, self.shapes, "full").items():
+        for name, spec in config.spec(self.shapes, "full").items():
             self.register_parameter(name, nn.Parameter(torch.zeros(spec.shape)))
         self._noise: Tensor | None = None  # of the running forward pass
         self._selected: Tensor | None = None  # indices (N, k) of the last training step, where the rule selects any
@@ -73,12 +41,6 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
                 bank, logits = draw_values(config, self.layout.rows, seed)
                 self.vector_bank.copy_(bank)
                 self.logits.copy_(torch.cat(list(logits)))
-
-    @classmethod
-    def spec(cls, config: AdapterConfig, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        assert isinstance(config, SelectionConfig)
-        specs = VBLoRA.spec(config, shapes, "full")
-        return {**specs, "noise_scale": specs["logits"]} if config.rule == "noisy_topk" else specs
 
     def compose(self) -> tuple[Tensor, ...]:
         c = self.config
@@ -108,17 +70,6 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
     def step_selection(self) -> Tensor:
         """What the last training step selected; for the rules that mix all vectors, what inference would."""
         return self.selection()[0] if self._selected is None else self._selected
-
-    def stored_parameters(self) -> counting.Count:
-        c = self.config
-        return counting.count_vblora(
-            self.shapes, r=c.r, num_vectors=c.num_vectors, vector_length=c.vector_length, topk=c.topk
-        )
-
-    def kept_config(self, form: str) -> AdapterConfig:
-        if form == "full":
-            return self.config
-        return VBLoRAConfig(**{field.name: getattr(self.config, field.name) for field in fields(VBLoRAConfig)})
 
     @torch.no_grad()
     def tensors(self, form: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora.storage import fitting, packed, shared_bank
+from vblora.storage import Content, fitting, packed, shared_bank
 from vblora.storage.container import deserialize
 from vblora.storage.lora_format import export
 
@@ -73,7 +73,7 @@ class Expanded:
             return True
         return os.path.isdir(served) and os.path.realpath(wanted) == os.path.realpath(served)
 
-    def _check_fit(self, name: str, content: packed.Packed, base_model: str) -> None:
+    def _check_fit(self, name: str, content: Content, base_model: str) -> None:
         """Refuse an adapter for other layers. vLLM takes one whose layers are narrower, or called otherwise, and gives
         other outputs without a word."""
         if base_model not in self._models:
@@ -229,7 +229,7 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         (folder / ".users").mkdir(exist_ok=True, mode=0o700)
 
-    def directory(self, name: str, data: bytes, content: packed.Packed) -> Path:
+    def directory(self, name: str, data: bytes, content: Content) -> Path:
         """The adapter expanded, now or before; it stays until this process ends.
 
         Raises:
@@ -268,7 +268,7 @@ class Cache:
             if REMAINS.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _make_room(self, content: packed.Packed) -> None:
+    def _make_room(self, content: Content) -> None:
         """Remove directories that nobody has, until another one fits."""
         needed = _expanded_bytes(content)
         if self.limit.bytes is not None and needed > self.limit.bytes:
@@ -317,7 +317,7 @@ class Cache:
                 os.close(self._list)  # type: ignore[arg-type]
 
 
-def _expanded_bytes(content: packed.Packed) -> int:
+def _expanded_bytes(content: Content) -> int:
     """About what a directory will take, and not less: factors, heads, and names."""
     heads = sum(t.numel() * t.element_size() for t in content.heads.values())
     parts = max([len(p) for p in (content.config.split_modules or {}).values()], default=1)

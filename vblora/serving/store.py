@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora.storage import check_heads, head_tensors, packed, shared_bank
+from vblora.storage import Content, check_heads, head_tensors, packed, shared_bank
 from vblora.storage.fitting import find_layers
 from vblora.targets import find_saved, weight_of
 
@@ -183,7 +183,7 @@ class AdapterStore:
         self._composed[name] = _Composed(ready, heads)
         return self._composed[name]
 
-    def _places(self, adapter: packed.Packed) -> dict[str, Place]:
+    def _places(self, adapter: Content) -> dict[str, Place]:
         """Where the adapter's factors go, by target."""
         if adapter.fingerprint not in self._fits:
             find_layers(self.model, adapter, "it")
@@ -195,7 +195,7 @@ class AdapterStore:
             }
         return self._fits[adapter.fingerprint]
 
-    def _heads(self, adapter: packed.Packed) -> dict[str, dict[str, Tensor]]:
+    def _heads(self, adapter: Content) -> dict[str, dict[str, Tensor]]:
         """The tensors of the adapter's heads, by module."""
         saved = find_saved(self.model, adapter.config) if adapter.heads else {}
         check_heads(adapter.heads, head_tensors(saved))

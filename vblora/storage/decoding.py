@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora.adapter import TensorSpec
-from vblora.methods.vb_lora import at_most_one
-from vblora.storage import check_floats
+from vblora.bank import at_most_one
+from vblora.config import TensorSpec
 from vblora.storage.coding import bits_for, from_int8, from_planes, from_steps, packed_bytes, unpack_bits
 from vblora.storage.container import FLOATS, Raw, is_count
+from vblora.storage.content import check_floats
 from vblora.storage.shared_bank import file_of, is_key
 
 SCALE_PREFIX = "scale."

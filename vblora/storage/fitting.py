@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from vblora.config import VBLoRAConfig
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import VBLoRAConfig
 from vblora.storage import peft_format
-from vblora.storage.packed import Packed
+from vblora.storage.content import Content
 from vblora.targets import is_linear, layer_shapes
 
 
-def find_layers(model: nn.Module, content: Packed, path: Path | str) -> dict[str, nn.Module]:
+def find_layers(model: nn.Module, content: Content, path: Path | str) -> dict[str, nn.Module]:
     """The layers that a packed file is for, by name, in the model's order.
 
     By the names in the file and not by its `target_modules`, which may be a regular expression of anybody's.
@@ -46,7 +46,7 @@ def find_layers(model: nn.Module, content: Packed, path: Path | str) -> dict[str
     raise ValueError(f"{path} does not fit this {type(model).__name__}{made_for}: {problem}{more}")
 
 
-def in_order_of(content: Packed, shapes: Sequence[LayerShape]) -> dict[str, Tensor]:
+def in_order_of(content: Content, shapes: Sequence[LayerShape]) -> dict[str, Tensor]:
     """A packed file's tensors with the layers in this order.
 
     Raises:

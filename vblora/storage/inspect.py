@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora.methods.vb_lora import VBLoRAConfig
+from vblora.config import VBLoRAConfig
+from vblora.files import describe_dtype, read_tensors
 from vblora.storage import HEAD_PREFIX, TENSOR_FILE, check_floats, check_weights, packed, read_config, seed_of
-from vblora.storage.files import describe_dtype, read_tensors
 from vblora.storage.peft_format import BANK, PREFIX
 
 

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vblora.adapter import Adapter
 from vblora.config import AdapterConfig
-from vblora.storage import CONFIG_FILE, TENSOR_FILE
-from vblora.storage.files import new_directory, write_json, write_tensors
-from vblora.storage.packed import Packed, content_of
+from vblora.files import new_directory, write_json, write_tensors
+from vblora.storage.content import Content
+from vblora.storage.directory import CONFIG_FILE, TENSOR_FILE
 from vblora.storage.peft_format import PREFIX
 from vblora.targets import split_key
 
@@ -33,8 +32,9 @@ Pairs = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def export(
-    adapter: Adapter | Packed,
+    content: Content,
     directory: str | Path,
+    factors: Pairs | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     task_type: str | None = None,
@@ -45,8 +45,9 @@ def export(
     and says so of others.
 
     Args:
-        adapter: attached to its model, or what `vblora.storage.packed.read` gave.
+        content: what `Adapter.content` or `vblora.storage.packed.read` gave.
         directory: made; it must not exist, or be empty.
+        factors: by layer, where the content alone does not give them (LoRA-XS).
         dtype: of the factors in the file.
         task_type: PEFT's, which its AutoPeftModelFor... classes ask for; CAUSAL_LM where a language model is attached.
 
@@ -54,12 +55,7 @@ def export(
         ValueError: the directory is taken, `dtype` cannot hold the factors, or the file alone does not say what they
             are (LoRA-XS, packed). Nothing is written then.
     """
-    if isinstance(adapter, Packed):
-        content, factors = adapter, adapter.factors()
-    else:
-        content, factors = content_of(adapter), adapter.layer_factors()
-        task_type = task_type or _task_type(adapter)
-    whole = whole_layers(factors, content.config)
+    whole = whole_layers(content.factors() if factors is None else factors, content.config)
     write_lora(
         directory,
         whole,
@@ -199,7 +195,6 @@ def _padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tupl
     return padded
 
 
-def _task_type(adapter: Adapter) -> str | None:
+def task_type_of(model: nn.Module) -> str | None:
     """CAUSAL_LM for a language model; some other types would make PEFT add a head of its own."""
-    model, _ = adapter._require_home()
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vblora.adapter import Adapter, TensorSpec
-from vblora.bank import Layout, compose
-from vblora.config import AdapterConfig
+from vblora.config import AdapterConfig, SelectionConfig, TensorSpec, VBLoRAConfig
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import VBLoRAConfig, selected_logits
-from vblora.methods.vb_lora_selection import SelectionConfig
-from vblora.storage import HEAD_PREFIX, check_floats, check_tensors, head_tensors, shared_bank
+from vblora.files import replacing
+from vblora.storage import shared_bank
 from vblora.storage.coding import bits_for, pack_bits, to_int8, to_planes, to_steps
 from vblora.storage.container import FLOATS, Raw, checksum, deserialize, is_count, parse_json, serialize
+from vblora.storage.content import Content, check_floats, check_tensors, outputs_of
 from vblora.storage.decoding import SCALE_PREFIX, Reader
-from vblora.storage.files import replacing
-from vblora.storage.layer_names import WIDEST, compact, expand, fingerprint
-from vblora.targets import is_conv1d, split_key
+from vblora.storage.directory import HEAD_PREFIX
+from vblora.storage.layer_names import compact, expand, fingerprint
 
 VERSION = 1
 HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
@@ -37,91 +33,10 @@ TYPES = ("lossless", *FLOAT_TYPES, "int8")
 SHARED = "shared"
 WEIGHTS: tuple[str | int, ...] = ("lossless", 16, 8)
 KEYS = {"version", "method", "config", "layers", "fingerprint", "codes", "base_model", "init_seed", "conv1d"}
-MOST_FACTOR_BYTES = 16 * 2**30
-
-
-@dataclass(frozen=True)
-class Packed:
-    """An adapter without a model: what a packed file holds.
-
-    Attributes:
-        config: the method's settings.
-        shapes: the adapted layers, in the order of the tensors.
-        tensors: the method's, by our names; for VB-LoRA vector_bank (h, b), topk_indices (N, k) and
-            topk_weights (N, k - 1).
-        heads: parameters and buffers of `modules_to_save`, by their names in the model.
-        base_model: the base model's name, where it is known.
-        init_seed: what the adapter's initial values were drawn from, where it is known.
-        conv1d: the adapted layers are transformers' Conv1D.
-        stored: how each tensor was written, and in how many bytes; empty for what comes from no packed file.
-    """
-
-    config: AdapterConfig
-    shapes: list[LayerShape]
-    tensors: dict[str, Tensor]
-    heads: dict[str, Tensor] = field(default_factory=dict)
-    base_model: str | None = None
-    init_seed: int | None = None
-    conv1d: bool = False
-    stored: dict[str, tuple[str, int]] = field(default_factory=dict)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the names, widths and outputs of the adapted layers, whatever their order."""
-        return fingerprint(self.shapes, self.outputs)
-
-    @property
-    def outputs(self) -> dict[str, slice]:
-        """Which of its layer's outputs each target adapts: all, or those of one part of `split_modules`."""
-        return {shape.name: _outputs(shape, self.config) for shape in self.shapes}
-
-    @property
-    def factor_bytes(self) -> int:
-        """What `factors` will take in memory."""
-        return 4 * self.config.r * sum(shape.in_features + shape.out_features for shape in self.shapes)
-
-    def factors(self, most_bytes: int = MOST_FACTOR_BYTES) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (r, in) and B (out, r) of each layer by name, in float32, as `Adapter.layer_factors`.
-
-        Raises:
-            ValueError: they would take more than `most_bytes`, or follow from the base model's weights (LoRA-XS).
-        """
-        if self.config.method == "lora_xs":
-            raise ValueError("the factors of lora_xs follow from the base model's weights: load it into its model")
-        if self.factor_bytes > most_bytes:
-            raise ValueError(f"the factors take {self.factor_bytes:,} bytes, more than the {most_bytes:,} allowed")
-        if type(self.config) is VBLoRAConfig:
-            layout = Layout(self.shapes, self.config.r, self.config.vector_length)
-            logits = selected_logits(self.tensors["topk_weights"])
-            pairs = layout.factors(
-                compose(self.tensors["vector_bank"].float(), self.tensors["topk_indices"].long(), logits)
-            )
-            return {shape.name: (a, b.T) for shape, (a, b) in zip(self.shapes, pairs, strict=True)}
-        adapter = Adapter.methods[type(self.config)](self.config, _stand_ins(self.shapes, self.config), None)
-        adapter.load_tensors(self.tensors)
-        return adapter.layer_factors()
-
-
-def content_of(adapter: Adapter) -> Packed:
-    """An attached adapter in its top-k form, with its heads, as `write` takes it.
-
-    Raises:
-        ValueError: the adapter is attached to no model.
-    """
-    model, _ = adapter._require_home()
-    return Packed(
-        adapter.kept_config("topk"),
-        list(adapter.shapes),
-        {name: t.detach().cpu() for name, t in adapter.tensors("topk").items()},
-        {name: t.detach().cpu() for name, t in head_tensors(adapter.saved).items()},
-        getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        adapter.init_seed,
-        any(is_conv1d(module) for module in adapter.targets.values()),
-    )
 
 
 def write(
-    adapter: Adapter | Packed,
+    content: Content,
     path: str | Path,
     *,
     bank: str = "lossless",
@@ -131,7 +46,7 @@ def write(
     """Write an adapter, with its heads, as one packed file; what was there is replaced in one step.
 
     Args:
-        adapter: an adapter attached to its model, or what `read` gave.
+        content: what `Adapter.content` or `read` gave.
         path: by convention NAME.vblora.safetensors.
         bank: "lossless", "float32", "float16", "bfloat16" or "int8" (with a scale per vector). For the other methods
             this is the type of all their tensors, and "int8" is refused. "shared": not in this file, but in one beside
@@ -146,7 +61,6 @@ def write(
         ValueError: a setting that does not exist, or that cannot hold this adapter. Nothing is written then.
     """
     path = Path(path)
-    content = content_of(adapter) if isinstance(adapter, Adapter) else adapter
     data = dumps(content, bank=bank, weights=weights, heads=heads)
     if bank == SHARED:
         shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
@@ -155,7 +69,7 @@ def write(
     return len(data)
 
 
-def read(path: str | Path) -> Packed:
+def read(path: str | Path) -> Content:
     """The adapter in a packed file, all of it checked.
 
     Raises:
@@ -174,10 +88,9 @@ def read(path: str | Path) -> Packed:
 
 
 def dumps(
-    adapter: Adapter | Packed, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
+    content: Content, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
 ) -> bytes:
     """The bytes that `write` writes."""
-    content = content_of(adapter) if isinstance(adapter, Adapter) else adapter
     _check_settings(content.config, bank, weights, heads)
     check_tensors(content.tensors, _spec(content.config, content.shapes))
     raws: dict[str, Raw] = {}
@@ -213,7 +126,7 @@ def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads:
         raise ValueError(f"int8 is offered for VB-LoRA's bank, not for {config.method}: use float16 or bfloat16")
 
 
-def _header(content: Packed, codes: dict[str, Any]) -> dict[str, Any]:
+def _header(content: Content, codes: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in content.config.to_dict().items() if value is not None}
     targets, names = settings["target_modules"], _names(content.shapes)
     if isinstance(targets, list) and sorted(targets) == sorted(names):
@@ -280,11 +193,11 @@ def _as_uint16(steps: Tensor) -> Tensor:
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
-def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Packed:
+def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Content:
     """The adapter in a packed file's bytes, all of it checked.
 
     No number of the file is believed before the bytes behind it are counted: reading takes memory in proportion to
-    the file (the factors, which `Packed.factors` makes, are larger).
+    the file (the factors, which `Content.factors` makes, are larger).
 
     Args:
         data: the file's bytes.
@@ -308,7 +221,7 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Packed
     stored_bytes = sum(len(raw.data) for raw in raws.values())
     shapes = expand(header["layers"], 8 * stored_bytes, 16 * len(data) + 2**16)
     config = _read_config(header, _names(shapes))
-    if fingerprint(shapes, {shape.name: _outputs(shape, config) for shape in shapes}) != header["fingerprint"]:
+    if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
         raise ValueError("the fingerprint is not that of the layers")
     reader = Reader(raws, header["codes"], bank_of)
     tensors = {name: reader.take(name, spec) for name, spec in _spec(config, shapes).items()}
@@ -316,7 +229,7 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Packed
     reader.require_empty()
     check_tensors(tensors, _spec(config, shapes))
     base, seed = header.get("base_model"), header.get("init_seed")
-    return Packed(config, shapes, tensors, heads, base, seed, header.get("conv1d", False), reader.stored)
+    return Content(config, shapes, tensors, heads, base, seed, header.get("conv1d", False), reader.stored)
 
 
 def _check_header(header: dict[str, Any]) -> None:
@@ -339,7 +252,7 @@ def _names(shapes: Sequence[LayerShape]) -> list[str]:
 
 def _read_config(header: dict[str, Any], names: list[str]) -> AdapterConfig:
     # The other selections are kept as plain VB-LoRA.
-    by_name = {config.method: config for config in Adapter.methods if config is not SelectionConfig}
+    by_name = {name: config for name, config in AdapterConfig.known.items() if config is not SelectionConfig}
     if header["method"] not in by_name:
         raise ValueError(f"method {header['method']!r} is not one of {', '.join(sorted(by_name))}")
     try:
@@ -349,34 +262,4 @@ def _read_config(header: dict[str, Any], names: list[str]) -> AdapterConfig:
 
 
 def _spec(config: AdapterConfig, shapes: Sequence[LayerShape]) -> dict[str, TensorSpec]:
-    return Adapter.methods[type(config)].spec(config, shapes, "topk")
-
-
-# --- Layers that are not there --------------------------------------------------------------------------------------
-
-
-def _outputs(shape: LayerShape, config: AdapterConfig) -> slice:
-    """As `vblora.targets.output_slice`, from the part's own width: all parts of a layer are equally wide."""
-    parts, part = _parts(shape.name, config)
-    if not parts:
-        return slice(None)
-    if part not in parts or len(parts) * shape.out_features > WIDEST:
-        raise ValueError(f"{shape.name} is no part of a layer that split_modules make {len(parts)}")
-    start = parts.index(part) * shape.out_features
-    return slice(start, start + shape.out_features)
-
-
-def _parts(name: str, config: AdapterConfig) -> tuple[list[str], str]:
-    """The parts of the layer that this target is in, none where it is a whole layer, and which one it is."""
-    layer, _, part = name.rpartition(".")
-    key = split_key(layer, config) if layer else None
-    return ([], "") if key is None else ((config.split_modules or {})[key], part)
-
-
-def _stand_ins(shapes: Sequence[LayerShape], config: AdapterConfig) -> dict[str, nn.Module]:
-    """Layers of these names and widths, without weights."""
-    result: dict[str, nn.Module] = {}
-    for shape in shapes:
-        width = shape.out_features * max(1, len(_parts(shape.name, config)[0]))
-        result[shape.name] = nn.Linear(shape.in_features, width, bias=False, device="meta")
-    return result
+    return config.spec(shapes, "topk")

@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora.adapter import Adapter
-from vblora.bank import select
-from vblora.config import AdapterConfig
+from vblora.bank import select, topk_tensors
+from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import VBLoRAConfig, topk_tensors
+from vblora.files import read_json, read_tensors
 from vblora.storage import (
     CONFIG_FILE,
     FORMATS,
     HEAD_PREFIX,
     TENSOR_FILE,
+    Content,
     check_tensors,
     form_of,
     packed,
@@ -28,9 +28,7 @@ from vblora.storage import (
     to_files,
     write_files,
 )
-from vblora.storage.files import read_json, read_tensors
 from vblora.storage.layer_names import natural_order
-from vblora.storage.packed import Packed
 from vblora.targets import find_saved, find_targets, is_conv1d, layer_shapes
 
 
@@ -51,7 +49,7 @@ def pack_directory(
     bank: str = "lossless",
     weights: str | int = "lossless",
     heads: str = "lossless",
-) -> Packed:
+) -> Content:
     """Write the adapter in a directory as a packed file.
 
     Args:
@@ -72,7 +70,7 @@ def pack_directory(
     return content
 
 
-def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> Packed:
+def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> Content:
     """Write the adapter in a packed file as a directory in its top-k form, and return what was in the file.
 
     Args:
@@ -93,7 +91,7 @@ def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> 
     return content
 
 
-def compare(before: Packed, after: Packed) -> Loss | None:
+def compare(before: Content, after: Content) -> Loss | None:
     """How far the factors of two adapters on the same layers are apart; None for LoRA-XS, whose need the model."""
     if before.config.method == "lora_xs":
         return None
@@ -102,7 +100,7 @@ def compare(before: Packed, after: Packed) -> Loss | None:
     return Loss(max(float((a - b).abs().max()) for a, b in pairs), max(float(a.abs().max()) for a, _ in pairs))
 
 
-def read_directory(directory: str | Path, model: nn.Module | str | None = None) -> Packed:
+def read_directory(directory: str | Path, model: nn.Module | str | None = None) -> Content:
     """The adapter in a directory (or in a packed file), in its top-k form, as `packed.write` takes it.
 
     Raises:
@@ -125,13 +123,13 @@ def read_directory(directory: str | Path, model: nn.Module | str | None = None) 
         else:
             heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key.startswith(HEAD_PREFIX)}
             native = {key: t for key, t in tensors.items() if not key.startswith(HEAD_PREFIX)}
-        check_tensors(native, Adapter.methods[type(config)].spec(config, shapes, form_of(native)))
+        check_tensors(native, config.spec(shapes, form_of(native)))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     base_name = settings.get("base_model_name_or_path") or getattr(
         getattr(model, "config", None), "_name_or_path", None
     )
-    return Packed(
+    return Content(
         config,
         shapes,
         _topk_form(native, config, directory),

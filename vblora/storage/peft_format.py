@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vblora.bank import Layout
+from vblora.config import VBLoRAConfig
 from vblora.counting import LayerShape
-from vblora.methods.vb_lora import VBLoRAConfig
-from vblora.storage.files import describe_dtype
+from vblora.files import describe_dtype
 
 PREFIX = "base_model.model."
 BANK = "base_model.vblora_vector_bank"

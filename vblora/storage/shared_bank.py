@@ -15,53 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora.methods.vb_lora import VBLoRA
-from vblora.storage import TENSOR_FILE
-from vblora.storage.files import read_tensors, write_tensors
-from vblora.storage.peft_format import BANK
+from vblora.files import read_tensors, write_tensors
 
 SUFFIX = ".bank.safetensors"
-
-
-def read_bank(source: str | Path) -> Tensor:
-    """The bank (h, b) of an adapter: of a directory, ours or PEFT's, or of a packed file.
-
-    Raises:
-        ValueError: no adapter is there, or one without a bank.
-    """
-    path = Path(source)
-    if path.is_file():
-        from vblora.storage import packed  # it builds on this module
-
-        tensors = packed.read(path).tensors
-    else:
-        path = path / TENSOR_FILE
-        tensors, _ = read_tensors(path)
-    banks = [tensor for name, tensor in tensors.items() if name in ("vector_bank", BANK)]
-    if len(banks) != 1 or banks[0].ndim != 2 or not banks[0].is_floating_point():
-        raise ValueError(f"{path} holds no vector bank")
-    return banks[0]
-
-
-@torch.no_grad()
-def use_bank(adapter: VBLoRA, source: str | Path) -> None:
-    """Take over the bank of a saved adapter, and freeze it: training moves the logits (and heads) alone.
-
-    Call it before `vblora.param_groups`, which then takes no `lr_vector_bank`.
-
-    Raises:
-        ValueError: as `read_bank`, or the bank has another shape. The adapter is as it was.
-    """
-    bank = read_bank(source)
-    if bank.shape != adapter.vector_bank.shape:
-        raise ValueError(
-            f"the bank in {source} is {tuple(bank.shape)}, this adapter's {tuple(adapter.vector_bank.shape)}: "
-            "num_vectors and vector_length must be the same"
-        )
-    if not torch.isfinite(bank).all():
-        raise ValueError(f"the bank in {source} holds NaN or infinite numbers")
-    adapter.vector_bank.copy_(bank)
-    adapter.vector_bank.requires_grad_(False)
 
 
 # --- Packed adapters whose bank is in a file of its own --------------------------------------------------------------

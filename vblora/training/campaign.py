@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vblora.storage.files import replacing, write_json
+from vblora.files import replacing, write_json
 from vblora.training import plans, records, schedule, tables
 from vblora.training.rows import Rows
 

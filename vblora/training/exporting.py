@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 import vblora
+from vblora.files import read_json
 from vblora.methods import LoRAXSConfig
 from vblora.storage import CONFIG_FILE, packing
-from vblora.storage.files import read_json
 from vblora.storage.lora_format import export
 from vblora.training import causal
 from vblora.training.tuned import Tuned
@@ -33,7 +33,7 @@ def write_exported(tuned: Tuned, output: Path, dtype: torch.dtype = torch.float3
     content = packing.read_directory(adapter, tuned.base)
     if isinstance(content.config, LoRAXSConfig):
         model = causal.load_model(tuned.weights, tuned.dtype, tuned.bits)
-        export(vblora.load(model, adapter), output, dtype=dtype)
+        vblora.load(model, adapter).export_lora(output, dtype=dtype)
     else:
         task = None if content.heads else "CAUSAL_LM"
         export(replace(content, base_model=tuned.base), output, dtype=dtype, task_type=task)

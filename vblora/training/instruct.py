@@ -15,8 +15,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from vblora.adapter import Adapter
+from vblora.files import read_json, write_json
 from vblora.methods.switch import Adapted, apply_method, read_config_file
-from vblora.storage.files import read_json, write_json
 from vblora.training import causal, commands, estimate, instruction_data, plans, records
 from vblora.training.arguments import MethodArguments, given
 from vblora.training.instruction_data import FORMS, Limits, Row

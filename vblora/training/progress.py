@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vblora.storage.files import replacing
+from vblora.files import replacing
 
 
 class Progress:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vblora.storage.files import read_json, write_json
+from vblora.files import read_json, write_json
 
 RECORD_FILE = "record.json"
 PLAN_FILE = "run.json"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from vblora.bank import Layout, smallest_index_dtype
-from vblora.storage.files import read_tensors, write_tensors
+from vblora.files import read_tensors, write_tensors
 from vblora.training.records import SELECTIONS_FILE
 
 

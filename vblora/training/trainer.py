@@ -15,11 +15,10 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from vblora.adapter import Adapter
+from vblora.adapter import Adapter, restore
 from vblora.methods import VBLoRA
 from vblora.methods.switch import Adapted, AnyAdapter
 from vblora.optim import AdamW, param_groups
-from vblora.storage import restore
 from vblora.training import sharding
 from vblora.training.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.training.selection_log import SelectionLog

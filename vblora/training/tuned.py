@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import vblora
+from vblora.files import read_json
 from vblora.storage import CONFIG_FILE, METHOD_KEY
-from vblora.storage.files import read_json
 from vblora.training import causal, plans, records
 
 TRAINING_FILE = "training.json"  # what every causal training writes when it has come to its end

@@ -1,0 +1,298 @@
+"""The forward path of every method: factors composed once a pass, and added to the output of each adapted layer.
+
+    y = base(x) + B A dropout(x)
+
+through forward hooks, so that the base model keeps its classes, objects and parameter names.
+
+Factors are composed before the first layer runs, and kept without a gradient until a parameter changes. Composing
+outside the layers is also what keeps both forms of gradient checkpointing right: the recomputation of a segment finds
+the factors it had, and the reentrant form, whose first backward uses the graph up, gets a new composition per segment.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vblora.bank import Factors
+from vblora.config import AdapterConfig
+from vblora.counting import LayerShape
+from vblora.low_rank import add_low_rank, add_low_rank_, without_autocast
+
+
+class ForwardPath(nn.Module):
+    """An adapter as its layers see it: `compose` and `factors` come from the method, the rest is here."""
+
+    config: AdapterConfig
+    shapes: list[LayerShape]
+    outputs: dict[str, slice]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
+        self._merged = False
+        self._enabled = True
+        self._composition: _Composition | None = None
+        self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
+        self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
+
+    def compose(self) -> tuple[Tensor, ...]:
+        """What all factors are made of, computed from the parameters with their graph."""
+        pairs = self.config.factors(self.shapes, dict(self.named_parameters()))
+        return tuple(tensor for pair in pairs for tensor in pair)
+
+    def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
+        """A (r, in) and B transposed (r, out) of each layer, as views of what `compose` gave."""
+        return list(zip(composed[0::2], composed[1::2], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Nothing: the adapter works through hooks. An nn.Sequential, though, calls each of its sub-modules."""
+        return x
+
+    def install_hooks(self, model: nn.Module, layers: Sequence[tuple[nn.Module, list[int]]]) -> list[Any]:
+        """Hook the model, its input embeddings, and each layer with the numbers of the targets that are in it."""
+        handles = [
+            model.register_forward_pre_hook(_RootHook(self)),
+            model.register_forward_hook(_RootEndHook(self)),
+        ]
+        embeddings = _input_embeddings(model)
+        if embeddings is not None:
+            handles.append(embeddings.register_forward_hook(_EmbeddingHook(self)))
+        handles += [
+            layer.register_forward_hook(_LayerHook(self, indices), with_kwargs=True) for layer, indices in layers
+        ]
+        return handles
+
+    def _current(self, *, layer: int | None = None) -> _Composition:
+        """The composition for `layer`, or for a new forward pass of the whole model: the last one if it still serves.
+
+        It does not if a parameter changed or its graph has been used up. A new forward pass gets a graph of its
+        own, so that each of several passes can be gone back through alone. What went through a backward pass serves
+        no longer even without gradients: a step has probably followed, and fused optimisers change parameters
+        without PyTorch's version counter noticing.
+        """
+        want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        new_pass = layer is None
+        if new_pass:
+            self._pass_has_graph = want_graph
+        state = self._state_key()
+        last = self._composition
+        if (
+            last is None
+            or last.used
+            or last.state != state
+            or (want_graph and (new_pass or not last.has_graph or (layer in last.to_recompute and in_backward())))
+        ):
+            self._composition = _Composition(self, state, want_graph)
+        assert self._composition is not None
+        if layer is not None and self._pass_has_graph and not want_graph:
+            self._composition.to_recompute.add(layer)
+        return self._composition
+
+    def _state_key(self) -> tuple[Any, ...]:
+        """Changes whenever a parameter or buffer is written to or moved."""
+        tensors = [*self._parameters.values(), *self._buffers.values()]
+        return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
+
+    def _add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
+        """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
+        factors: Mapping[int, Factors] | Sequence[Factors]
+        if torch.compiler.is_compiling():
+            factors = self._traced_factors(indices, output.dtype, output.device)
+        else:
+            factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
+        if x.dtype != output.dtype or x.device != output.device:
+            x = x.to(device=output.device, dtype=output.dtype)
+        if self.training and self.config.dropout:
+            x = F.dropout(x, self.config.dropout)
+        with without_autocast(output.device.type):
+            if self.outputs[self.shapes[indices[0]].name] == slice(None):
+                add = add_low_rank_ if in_place else add_low_rank
+                return add(output, x, *factors[indices[0]])
+            return self._add_to_parts(output, x, indices, factors)
+
+    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: Any) -> Tensor:
+        """The same for a layer that is several in one (`split_modules`)."""
+        hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
+        parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
+        flat = output.reshape(-1, output.shape[-1])
+        sums = list(flat.split(self.shapes[indices[0]].out_features, dim=-1))  # parts are equally wide
+        for index, part in zip(indices, parts, strict=True):
+            at = self.outputs[self.shapes[index].name].start // self.shapes[index].out_features
+            sums[at] = torch.addmm(sums[at], part, factors[index][1])
+        return torch.cat(sums, dim=-1).view(output.shape)
+
+    def _traced_factors(self, indices: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, Factors]:
+        """While torch.compile traces: what was composed before the first layer, with none of the bookkeeping.
+
+        A layer called without the whole model's forward pass composes for itself.
+        """
+        factors = self._traced_composition() if self._composed is None else self._composed
+        return {
+            i: (factors[i][0].to(device=device, dtype=dtype), factors[i][1].to(device=device, dtype=dtype))
+            for i in indices
+        }
+
+    def _traced_composition(self) -> list[Factors]:
+        with without_autocast(self.parameter_device.type):
+            return self.factors(self.compose())
+
+    @property
+    def parameter_device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The composition is a cache with a graph in it: neither can nor should be copied.
+        return {**self.__dict__, "_composition": None, "_composed": None}
+
+
+class _Composition:
+    """The factors of one forward pass (or of many, where nothing needs a gradient)."""
+
+    def __init__(self, adapter: ForwardPath, state: tuple[Any, ...], want_graph: bool) -> None:
+        adapter._composed = None
+        self.state = state
+        self.used = False  # its graph has been through a backward pass
+        # Layers called without gradients in a pass that has them: reentrant checkpointing will call them again,
+        # and go back through that call at once, when other layers may still need this composition's graph.
+        self.to_recompute: set[int] = set()
+        self._adapter = weakref.ref(adapter)
+        self._by_precision: dict[tuple[torch.dtype, torch.device], list[Factors]] = {}
+        device = adapter.parameter_device
+        if device.type == "meta":
+            raise ValueError(
+                f"the parameters of {type(adapter).__name__} were offloaded: attach the adapter after the model "
+                "has been given its device map"
+            )
+        # In autocast the factors are still composed in their own precision, and rounded once (in `factors`).
+        # In inference mode they are made as normal tensors, because a later training pass may find them.
+        no_autocast = torch.autocast(device_type=device.type, enabled=False)
+        with torch.inference_mode(False), torch.set_grad_enabled(want_graph), no_autocast:
+            tensors = adapter.compose()
+            self.has_graph = any(t.requires_grad for t in tensors)
+            if self.has_graph:
+                tensors = self._joined(tensors)
+        self.tensors: tuple[Tensor, ...] = tensors
+        self.own_precision = tensors[0].dtype, device
+
+    def _joined(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors, with those that need a gradient passed through one `_Joint`."""
+        joined = iter(_Joint.apply(weakref.ref(self), *(t for t in tensors if t.requires_grad)))
+        return tuple(next(joined) if t.requires_grad else t for t in tensors)
+
+    def factors(self, dtype: torch.dtype, device: torch.device) -> list[Factors]:
+        """The factors of all layers in this precision and on this device, made at the first call."""
+        key = (dtype, device)
+        if key not in self._by_precision:
+            adapter = self._adapter()
+            assert adapter is not None
+            # With a graph even where the caller has switched gradients off: the first pass of reentrant
+            # checkpointing has, and its recomputation, which needs them, finds these tensors.
+            with torch.inference_mode(False), torch.set_grad_enabled(self.has_graph):
+                converted = tuple(t.to(device=device, dtype=dtype) for t in self.tensors)
+                self._by_precision[key] = adapter.factors(converted)
+        return self._by_precision[key]
+
+
+class _Joint(torch.autograd.Function):
+    """The identity on all composed tensors at once. Its backward runs when every layer's gradient is there,
+    and notes that the graph behind it is used up, so that the next forward pass composes anew."""
+
+    @staticmethod
+    def forward(ctx: Any, composition: weakref.ref[_Composition], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.composition = composition
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        composition = ctx.composition()
+        if composition is not None:
+            composition.used = True
+            if (adapter := composition._adapter()) is not None:
+                adapter._composed = None  # a step has probably followed when a compiled layer is called by itself
+        return (None, *gradients)
+
+
+# Hooks are small objects, not closures: a deep copy of the model copies them and the adapter they hold together.
+
+
+class _RootHook:
+    """Before the model's forward pass: have the factors composed, outside of every checkpointed segment."""
+
+    def __init__(self, adapter: ForwardPath) -> None:
+        self.adapter = adapter
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        adapter = self.adapter
+        if adapter._enabled and not adapter._merged:
+            if torch.compiler.is_compiling():
+                adapter._composed = adapter._traced_composition()
+            else:
+                composition = adapter._current()
+                adapter._composed = composition.factors(*composition.own_precision)
+
+
+class _RootEndHook:
+    """After a compiled model's forward pass: let the factors go, or they would be one of its results."""
+
+    def __init__(self, adapter: ForwardPath) -> None:
+        self.adapter = adapter
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            self.adapter._composed = None
+
+
+class _LayerHook:
+    """After an adapted layer: add its B A x to the output."""
+
+    def __init__(self, adapter: ForwardPath, indices: list[int]) -> None:
+        self.adapter = adapter
+        self.indices = indices
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.adapter._enabled or self.adapter._merged:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
+        kept = len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks
+        in_place = type(module) is nn.Linear and not kept
+        return self.adapter._add_to(output, x, self.indices, in_place)
+
+
+class _EmbeddingHook:
+    """After the input embeddings, with gradient checkpointing on: make their output require a gradient.
+
+    The reentrant form runs a segment's backward only if its input requires one, and everything below the
+    first adapted layer is frozen: without this the adapters would silently get no gradient.
+    """
+
+    def __init__(self, adapter: ForwardPath) -> None:
+        self.adapter = adapter
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        assert self.adapter._home is not None
+        model, _ = self.adapter._home
+        if model.training and torch.is_grad_enabled() and not output.requires_grad:
+            if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+                output.requires_grad_(True)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    """transformers' input embeddings, where the model is one of theirs and has some."""
+    get_input = getattr(model, "get_input_embeddings", None)
+    try:
+        return get_input() if get_input is not None else None
+    except NotImplementedError:
+        return None
