@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         from vblora.io import replacing  # imports torch
 
         with replacing(chosen.list) as temporary:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in listed)
+            lines = (json.dumps(row) + "\n" for row in listed)
             temporary.write_text("".join(lines), encoding="utf-8")
     if chosen.json is not None:
         from vblora.io import write_json
