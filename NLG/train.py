@@ -203,6 +203,7 @@ def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer, row
     return {
         "settings": plan,
         "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "epochs": epochs,
         "train_rows": rows,
         "validation_losses": [e["eval_loss"] for e in history if "eval_loss" in e],

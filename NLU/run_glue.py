@@ -254,6 +254,7 @@ def make_record(plan: dict[str, Any], task: Task, data: TaskData, trainer: Adapt
         "seed": plan.get("seed", trainer.args.seed),
         "settings": plan,
         "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "data": {
             "fingerprint": data.fingerprint,
             "train_rows": len(data["train"]),

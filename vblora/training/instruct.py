@@ -290,6 +290,7 @@ def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer) -> 
     return {
         "settings": plan,
         "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "epochs": state.epoch or 0,
         "steps": state.global_step,
         # By step; the first is before any training.

@@ -55,6 +55,13 @@ class AdapterTrainer(Trainer):
             super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         self.rates = dict(rates)
+        self.recipe = adapted.recipe
+        if adapted.recipe is not None:
+            missing = {name: rate for name, rate in adapted.recipe.rates.items() if self.rates.get(name) is None}
+            # A bank that is frozen has no rate.
+            self.rates |= {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
+            if args.process_index == 0:
+                print(adapted.recipe)
         self.add_callback(TrainingClock())
         sharding.prepare(adapted, self.accelerator)
         self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
@@ -133,6 +140,10 @@ def _as_adapted(adapted: Adapted) -> Iterator[None]:
         yield
     finally:
         setattr(adapted.model, MARK, before)
+
+
+def _trains_bank(adapter: AnyAdapter) -> bool:
+    return isinstance(adapter, VBLoRA) and adapter.vector_bank.requires_grad
 
 
 def _is_own(args: TrainingArguments) -> bool:
