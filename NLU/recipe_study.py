@@ -4,6 +4,7 @@
     ./scripts/reproduce.sh recipe --tasks cola mrpc --glue_dir GLUE      # GLUE's folders CoLA, MRPC, ... in GLUE
     ./scripts/reproduce.sh recipe --rows recipe lora --epochs 3
     ./scripts/reproduce.sh recipe --records results/recipe --no_runs     # the table again, from kept records
+    ./scripts/reproduce.sh recipe --records results/recipe --no_runs --epochs 3 6 --picture docs/figures/recipe.png
 
 A run that has a record is not run again, one that was interrupted goes on. --collect copies the records into a folder.
 """
@@ -83,7 +84,10 @@ def main(arguments: list[str]) -> None:
         for name in options.rows
     ]
     found = {key: run(key, options) for key in runs} if options.records is None else kept(runs, options.records)
-    print(table({key: record for key, record in found.items() if record is not None}))
+    there = {key: record for key, record in found.items() if record is not None}
+    print(table(there))
+    if options.picture is not None:
+        picture(there, options.picture)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -96,6 +100,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders (CoLA, MRPC...)")
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--collect", type=Path, help="copy the records into this folder")
+    parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
     parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
     options = parser.parse_args(arguments)
@@ -138,6 +143,33 @@ def kept(runs: Sequence[Key], folder: Path) -> dict[Key, dict[str, Any] | None]:
 
     files = {key: folder / f"{name_of(key)}.json" for key in runs}
     return {key: read_json(path) if path.exists() else None for key, path in files.items()}
+
+
+def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
+    """Score over epochs: the mean of each method's seeds as a line, each seed as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = list(dict.fromkeys(key[:2] for key in found))
+    figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4.2), squeeze=False, layout="constrained")
+    for axis, (task, epochs) in zip(axes[0], parts, strict=True):
+        for number, name in enumerate(dict.fromkeys(key[2] for key in found if key[:2] == (task, epochs))):
+            group = [record for key, record in found.items() if key[:3] == (task, epochs, name)]
+            metric = group[0]["scores"]["metric"]
+            curves = [[(e["epoch"], 100 * e[metric]) for e in record["scores"]["epochs"]] for record in group]
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), ".", color=f"C{number}", alpha=0.4)
+            means = [(points[0][0], mean(score for _, score in points)) for points in zip(*curves, strict=True)]
+            stored = group[0]["stored_parameters"]["parameters"]
+            label = f"{name}: {stored:,} numbers, {len(group)} seeds"
+            axis.plot(*zip(*means, strict=True), color=f"C{number}", label=label)
+        axis.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}, {epochs} epochs")
+        axis.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def table(found: Mapping[Key, Mapping[str, Any]]) -> str:

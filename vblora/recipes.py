@@ -125,6 +125,13 @@ def recipe(
     """
     if max_bytes is not None and num_vectors is not None:
         raise ValueError("max_bytes and num_vectors both decide the size of the bank: give one of them")
+    for name, value in (("max_bytes", max_bytes), ("num_vectors", num_vectors), ("vector_length", vector_length)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+    if num_vectors is not None and num_vectors < 2 * topk:
+        raise ValueError(f"num_vectors {num_vectors} is too few: A and B need topk {topk} each")
+    if lora_rate is not None and not (isinstance(lora_rate, (int, float)) and 0 < lora_rate < math.inf):
+        raise ValueError(f"lora_rate must be a number above 0, not {lora_rate!r}")
     probe = VBLoRAConfig(r=r, target_modules=target_modules, **settings)
     shapes = layer_shapes(find_targets(model, probe), probe)
     b, why_b = _length(shapes) if vector_length is None else (vector_length, "as given")
