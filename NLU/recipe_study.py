@@ -12,6 +12,7 @@ A run that has a record is not run again, one that was interrupted goes on. --co
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import generate_cola
 import quickstart
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
-from vblora.files import replacing
+from vblora.files import read_json, replacing
 from vblora.training import commands, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +77,9 @@ def flags(task: str, name: str, epochs: float, seed: int, data: Path, out: Path)
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    if options.search is not None:
+        print(search_table(read_json(options.search)))
+        return
     runs = [
         (task, epochs, name, seed)
         for seed in options.seeds
@@ -100,6 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders (CoLA, MRPC...)")
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--collect", type=Path, help="copy the records into this folder")
+    parser.add_argument("--search", type=Path, help="print the record of the search for the recipe, and no more")
     parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
     parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
@@ -139,10 +144,37 @@ def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
 
 def kept(runs: Sequence[Key], folder: Path) -> dict[Key, dict[str, Any] | None]:
     """The records of these runs in a folder; None for one that is missing."""
-    from vblora.files import read_json
-
     files = {key: folder / f"{name_of(key)}.json" for key in runs}
     return {key: read_json(path) if path.exists() else None for key, path in files.items()}
+
+
+SEARCHED = {
+    "rank": "r",
+    "num_vectors": "h",
+    "topk": "k",
+    "share_of_a": "A's share",
+    "init_vector_bank_bound": "bound",
+    "init_logits_std": "deviation",
+    "learning_rate_vector_bank": "rate",
+    "learning_rate_logits": "logits' rate",
+    "learning_rate_adapter": "LoRA's rate",
+}
+
+
+def search_table(search: Mapping[str, Any]) -> str:
+    """The settings that were tried on the sentences, the best last, with the score of each seed after three epochs."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for one in search["runs"]:
+        settings = {name: one["settings"].get(name, "") for name in SEARCHED}
+        groups.setdefault(json.dumps([one["method"], settings]), []).append(one)
+    lines = []
+    for group in sorted(groups.values(), key=lambda group: mean(one["matthews_correlation"][-1] for one in group)):
+        values = [group[0]["settings"].get(name, "") for name in SEARCHED]
+        scores = [100 * one["matthews_correlation"][-1] for one in sorted(group, key=lambda one: one["seed"])]
+        shown = [f"{value:g}" if value != "" else "" for value in values]
+        stored = f"{group[0]['stored_parameters']:,}"
+        lines.append([group[0]["method"], *shown, stored, " ".join(f"{score:.1f}" for score in scores)])
+    return tables.render(["method", *SEARCHED.values(), "stored numbers", "seeds"], lines, "markdown")
 
 
 def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
