@@ -12,6 +12,7 @@ from core_helpers import build, make_batch, run
 import vblora
 from vblora.counting import count_vblora
 from vblora.logits import draw
+from vblora.methods.switch import RECIPE, own_config
 from vblora.storage.directory import read_config
 from vblora.targets import find_targets, layer_shapes
 from vblora.training.arguments import MethodArguments, given
@@ -190,3 +191,15 @@ def test_the_flag_leaves_the_rates_to_the_recipe_and_older_plans_as_they_were():
         MethodArguments(method="lora", recipe=True).settings(TARGETS, None)
     with pytest.raises(ValueError, match="without --recipe"):
         MethodArguments(recipe_bytes=5000).settings(TARGETS, None)
+
+
+def test_scripts_take_it_for_layers_that_are_several_in_one():
+    settings = {"target_modules": ["c_attn"], "split_modules": {"c_attn": ["q", "k", "v"]}, "modules_to_save": None}
+    config, chosen = own_config(build("gpt2"), "vblora", {**settings, "num_vectors": 30, RECIPE: {"lora_rate": 1e-3}})
+    assert chosen.config is config and config.split_modules == settings["split_modules"]
+    assert (config.num_vectors, chosen.rates["lr_vector_bank"]) == (30, 2e-3)
+    assert own_config(build("gpt2"), "vblora", settings)[1] is None
+    with pytest.raises(ValueError, match="for VB-LoRA alone, not for tied_lora"):
+        own_config(build("gpt2"), "tied_lora", {**settings, RECIPE: {}})
+    with pytest.raises(ValueError, match="unknown setting of vblora: speed"):
+        own_config(build("gpt2"), "vblora", {**settings, RECIPE: {}, "speed": 1})
