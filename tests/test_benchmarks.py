@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from core_helpers import Stack
 from language_helpers import save_tiny_llama
 
+import vblora
 from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -169,3 +172,16 @@ def test_all(tmp_path, capfd, monkeypatch):
 def test_a_wrong_number_is_named(name):
     with pytest.raises(ValueError, match="--rounds must be at least 1"):
         benchmark(name).main(["--rounds", "0"])
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(True, 8.0), (False, 1.0)])
+def test_pull_is_one_for_orthogonal_gradients_and_n_for_equal_ones(alike, expected):
+    """Two layers of width 8, r 1, sub-vectors of 8: 8 of them, on a bank of one vector."""
+    model = Stack(width=8, inner=8)
+    config = {"r": 2, "num_vectors": 1, "vector_length": 8, "topk": 1, "init_vector_bank_bound": 0.5}
+    adapter = vblora.attach(model, vblora.VBLoRAConfig(**config, target_modules=["up"]), seed=0)
+    table = adapter.compose()[0].detach().requires_grad_()  # (8, 8)
+    table.grad = torch.ones(8, 8) if alike else torch.eye(8)
+    found = benchmark("learning").look_at_bank(adapter, model, table)
+    assert found["pull"] == pytest.approx(expected)
+    assert found["along"] == pytest.approx(1.0 if alike else 8**-0.5)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vblora.adapter import Adapter, attach, load, save
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
     from vblora.optim import AdamW, param_groups
+    from vblora.recipes import Recipe, recipe
     from vblora.serving.store import AdapterStore
 
 __version__ = "0.2.0"
@@ -22,11 +23,13 @@ __all__ = [
     "Adapter",
     "AdapterStore",
     "LoRAXSConfig",
+    "Recipe",
     "TiedLoRAConfig",
     "VBLoRAConfig",
     "attach",
     "load",
     "param_groups",
+    "recipe",
     "save",
 ]
 
@@ -37,11 +40,13 @@ _HOMES = {
     "Adapter": "vblora.adapter",
     "AdapterStore": "vblora.serving.store",
     "LoRAXSConfig": "vblora.methods",
+    "Recipe": "vblora.recipes",
     "TiedLoRAConfig": "vblora.methods",
     "VBLoRAConfig": "vblora.methods",
     "attach": "vblora.adapter",
     "load": "vblora.adapter",
     "param_groups": "vblora.optim",
+    "recipe": "vblora.recipes",
     "save": "vblora.adapter",
 }
 

@@ -203,6 +203,10 @@ class VBLoRAConfig(AdapterConfig):
         init_vector_bank_bound: the bank starts uniform in [-bound, bound].
         init_logits_std: the logits start normal with this standard deviation. PEFT's default is 0.1; the
             authors' GLUE code, and this project's GLUE scripts, use 0.01.
+        init_vectors_of_a: 0, as in the paper: every factor starts as a mixture of any vectors. n: the first n vectors
+            start as drawn and every A is made of them, the others start at zero and every B is made of them, so that
+            the update starts at zero as LoRA's does (docs/recipe.md). It says where training starts and no more: what
+            is kept is read without it, and a sub-vector may come to select any vector.
     """
 
     method: ClassVar[str] = "vblora"
@@ -213,6 +217,7 @@ class VBLoRAConfig(AdapterConfig):
     vblora_dropout: float = 0.0
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
+    init_vectors_of_a: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,6 +227,20 @@ class VBLoRAConfig(AdapterConfig):
             raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
         for name in ("init_vector_bank_bound", "init_logits_std"):
             self.require_number(name)
+        if type(self.init_vectors_of_a) is not int or self.init_vectors_of_a < 0:
+            raise ValueError(f"init_vectors_of_a must be a whole number from 0 up, not {self.init_vectors_of_a!r}")
+        if self.init_vectors_of_a and not self.topk <= self.init_vectors_of_a <= self.num_vectors - self.topk:
+            raise ValueError(
+                f"init_vectors_of_a {self.init_vectors_of_a} leaves A or B fewer than topk {self.topk} of the "
+                f"{self.num_vectors} vectors: give 0, or {self.topk} to {self.num_vectors - self.topk}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As everywhere; a start that is not divided is not mentioned, so that older versions read it too."""
+        values = super().to_dict()
+        if not self.init_vectors_of_a:
+            del values["init_vectors_of_a"]
+        return values
 
     @property
     def dropout(self) -> float:

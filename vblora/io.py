@@ -51,6 +51,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors; errors as in `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in place of what was there, in one step."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"

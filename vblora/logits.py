@@ -31,8 +31,12 @@ START = 32  # slots at the beginning; in real training a row has 10 to 20 select
 BLOCK = 1 << 22  # numbers that are drawn at once: all N x h would be 320 MB for Llama2-7B
 
 
-def draw(config: VBLoRAConfig, rows: int, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
+def draw(config: VBLoRAConfig, of_a: Tensor, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
     """Initial values: the bank (h, b), and the logits (N, h) as blocks of rows, from the first to the last.
+
+    With `init_vectors_of_a` = n the vectors from n on are zero, and a logit is positive where factor and vector are
+    of one side (A's rows and the first n, B's and the others) and negative elsewhere: a row selects its own side's
+    vectors before any of the other's. `of_a` says which of the N rows are A's.
 
     Drawn on the CPU in float32 whatever the device, so that a seed means the same on all of them; to the bit only on
     processors of one kind, as PyTorch draws normal numbers in other ways on others.
@@ -40,11 +44,18 @@ def draw(config: VBLoRAConfig, rows: int, seed: int) -> tuple[Tensor, Iterator[T
     h, bound = config.num_vectors, config.init_vector_bank_bound
     generator = torch.Generator().manual_seed(seed)
     bank = torch.empty(h, config.vector_length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    vector_of_a = torch.arange(h) < config.init_vectors_of_a  # (h)
+    if config.init_vectors_of_a:
+        bank[~vector_of_a] = 0
 
     def blocks() -> Iterator[Tensor]:
-        for part in _parts(rows, h):
+        for part in _parts(len(of_a), h):
             drawn = torch.empty(part.stop - part.start, h, dtype=torch.float32)
-            yield drawn.normal_(generator=generator).mul_(config.init_logits_std)
+            drawn.normal_(generator=generator).mul_(config.init_logits_std)
+            if config.init_vectors_of_a:
+                own = of_a[part].unsqueeze(1) == vector_of_a  # (n, h)
+                drawn = torch.where(own, drawn.abs(), -drawn.abs())
+            yield drawn
 
     return bank, blocks()
 
@@ -74,10 +85,11 @@ class LogitTable(nn.Module):
     shrunk: Tensor
     seed: Tensor
 
-    def __init__(self, config: VBLoRAConfig, rows: int) -> None:
+    def __init__(self, config: VBLoRAConfig, of_a: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.rows = rows
+        self.of_a = of_a  # (N), on the CPU, where logits are drawn
+        self.rows = rows = len(of_a)
         kind = torch.uint8 if config.num_vectors <= 256 else torch.int32  # 16 bits can be sent by neither gloo nor NCCL
         self.register_buffer("indices", torch.zeros(rows, config.topk, dtype=kind))
         self.register_buffer("values", torch.zeros(rows, config.topk))
@@ -148,7 +160,7 @@ class LogitTable(nn.Module):
     def _drawn(self) -> Iterator[Tensor]:
         """The entries as if none had ever been selected, in blocks."""
         shrunk = self.shrunk.cpu()
-        for block in draw(self.config, self.rows, self._get_seed())[1]:
+        for block in draw(self.config, self.of_a, self._get_seed())[1]:
             yield block if shrunk == 1 else block.to(shrunk.dtype) * shrunk
 
     def _fill(self, width: int, blocks: Iterable[tuple[Tensor, Tensor | None]]) -> None:

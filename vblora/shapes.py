@@ -60,9 +60,13 @@ def sub_vectors(shapes: Sequence[LayerShape], r: int, vector_length: int) -> int
     """
     _require_positive(r=r, vector_length=vector_length)
     return sum(
-        r * (_ceil_div(shape.in_features, vector_length) + _ceil_div(shape.out_features, vector_length))
-        for shape in shapes
+        r * (tiles(shape.in_features, vector_length) + tiles(shape.out_features, vector_length)) for shape in shapes
     )
+
+
+def tiles(features: int, vector_length: int) -> int:
+    """Sub-vectors in a row of this many numbers; the last is cut to fit."""
+    return _ceil_div(features, vector_length)
 
 
 def index_bytes(num_vectors: int) -> int:

@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from vblora import sharding
 from vblora.adapter import Adapter, restore
 from vblora.methods import VBLoRA
-from vblora.methods.switch import Adapted, AnyAdapter
 from vblora.optim import AdamW, param_groups
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
+from vblora.switch import Adapted, AnyAdapter
 
 MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter
 # AdamW by bitsandbytes, for methods without selected logits: in pages that leave the GPU when it is full, or in 8 bits.
@@ -36,7 +36,7 @@ class AdapterTrainer(Trainer):
     batches; and DDP does not send the buffers of one of our adapters in every step.
 
     Args:
-        adapted: what `vblora.methods.switch.apply_method` gave.
+        adapted: what `vblora.switch.apply_method` gave.
         rates: learning rates beside `args.learning_rate`, as `vblora.param_groups` takes them.
         args: the training arguments.
         others: passed on to Trainer.
@@ -54,6 +54,13 @@ class AdapterTrainer(Trainer):
             super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         self.rates = dict(rates)
+        self.recipe = adapted.recipe
+        if adapted.recipe is not None:
+            missing = {name: rate for name, rate in adapted.recipe.rates.items() if self.rates.get(name) is None}
+            # A bank that is frozen has no rate.
+            self.rates |= {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
+            if args.process_index == 0:
+                print(adapted.recipe)
         self.add_callback(TrainingClock())
         sharding.prepare(adapted, self.accelerator)
         self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
@@ -132,6 +139,10 @@ def _as_adapted(adapted: Adapted) -> Iterator[None]:
         yield
     finally:
         setattr(adapted.model, MARK, before)
+
+
+def _trains_bank(adapter: AnyAdapter) -> bool:
+    return isinstance(adapter, VBLoRA) and adapter.vector_bank.requires_grad
 
 
 def _is_own(args: TrainingArguments) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vblora.methods.switch import field_names, parse_settings, read_config_file
+from vblora.switch import RECIPE, field_names, parse_settings, read_config_file
 
 # Which field of a method's configuration a flag sets: the first of these that the configuration has.
 FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
@@ -17,6 +17,7 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "vector_length": ("vector_length",),
     "init_logits_std": ("init_logits_std",),
     "init_vector_bank_bound": ("init_vector_bank_bound",),
+    "init_vectors_of_a": ("init_vectors_of_a",),
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
@@ -49,14 +50,23 @@ class MethodArguments:
     vector_length: int | None = _flag("b, the length of a sub-vector")
     init_logits_std: float | None = _flag("standard deviation of the initial logits")
     init_vector_bank_bound: float | None = _flag("bound of the initial bank")
+    init_vectors_of_a: int | None = _flag("the first so many vectors start as A's, the others at zero as B's")
     lora_alpha: float | None = _flag("scaling: alpha / r, where the method has one")
     adapter_dropout: float | None = _flag("dropout on the factors' input")
+    recipe: bool = field(
+        default=False,
+        metadata={
+            "help": "VB-LoRA's settings and rates from the layers' widths (docs/recipe.md), where no flag gives them"
+        },
+    )
+    recipe_bytes: int | None = _flag("with --recipe: bytes of the adapter; a fifth of LoRA's numbers unless given")
+    recipe_lora_rate: float | None = _flag("with --recipe: the rate at which LoRA would be trained")
     learning_rate_vector_bank: float | None = _flag(f"of the bank; {PAPER_LR_VECTOR_BANK} unless given")
     learning_rate_logits: float | None = _flag(f"of the logits; {PAPER_LR_LOGITS} unless given")
     learning_rate_adapter: float | None = _flag("of other methods' parameters; --learning_rate unless given")
 
     def settings(self, target_modules: list[str] | str, modules_to_save: list[str] | None) -> dict[str, Any]:
-        """The method's settings as `vblora.methods.switch.apply_method` takes them.
+        """The method's settings as `vblora.switch.apply_method` takes them.
 
         Raises:
             ValueError: a flag the method has no use for.
@@ -76,18 +86,29 @@ class MethodArguments:
             chosen[name] = value
         if self.method_settings is not None:
             chosen |= parse_settings(self.method_settings)
+        more = {"max_bytes": self.recipe_bytes, "lora_rate": self.recipe_lora_rate}
+        more = {name: value for name, value in more.items() if value is not None}
+        if self.recipe:
+            if self.method != "vblora":
+                raise ValueError(f"--recipe does nothing with --method {self.method}: leave it out")
+            chosen[RECIPE] = more
+        elif more:
+            raise ValueError("--recipe_bytes and --recipe_lora_rate do nothing without --recipe")
         return chosen
 
     def rates(self) -> dict[str, float | None]:
-        """The learning rates as `vblora.param_groups` takes them, beside the head's."""
+        """The learning rates as `vblora.param_groups` takes them, beside the head's.
+
+        With --recipe those that no flag gives are None: `AdapterTrainer` takes them from the recipe.
+        """
         bank, logits = self.learning_rate_vector_bank, self.learning_rate_logits
-        if self.method in ("vblora", "vblora_selection"):
+        if self.method in ("vblora", "vblora_selection") and not self.recipe:
             bank = PAPER_LR_VECTOR_BANK if bank is None else bank
             logits = PAPER_LR_LOGITS if logits is None else logits
         return {"lr_vector_bank": bank, "lr_logits": logits, "lr_adapter": self.learning_rate_adapter}
 
 
 def given(arguments: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are set to something."""
+    """The fields of a dataclass that are set to something; `recipe` only if it is on, as older records lack it."""
     values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None and (name != "recipe" or value)}

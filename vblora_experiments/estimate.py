@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 from vblora import models
 from vblora.hub import from_hub
 from vblora.methods import VBLoRAConfig
-from vblora.methods.switch import OWN_METHODS
 from vblora.methods.through_peft import peft_config
 from vblora.shapes import METHODS, Count, count_full, sub_vectors
+from vblora.switch import OWN_METHODS, own_config
 from vblora.targets import find_targets, is_linear, layer_shapes
 from vblora_experiments.instruction_data import FORMS
 
@@ -94,7 +94,7 @@ def adapter_sizes(model: Any, instruct: Any, method: Any) -> tuple[Count | None,
         return count_full(parameters), STATE * parameters
     settings = method.settings(target_modules(instruct.targets), None)
     if method.method in OWN_METHODS:
-        config: Any = OWN_METHODS[method.method].from_dict(settings)
+        config: Any = own_config(model, method.method, settings)[0]
         where = config
     else:
         config = peft_config(method.method, settings)

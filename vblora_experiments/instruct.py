@@ -17,8 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from vblora import models
 from vblora.adapter import Adapter
 from vblora.io import folder_fingerprint, read_json, write_json
-from vblora.methods.switch import Adapted, apply_method, read_config_file
 from vblora.models import TRAINING_FILE
+from vblora.switch import Adapted, apply_method, read_config_file
 from vblora.trainer import AdapterTrainer
 from vblora_experiments import causal, commands, estimate, instruction_data, plans, records
 from vblora_experiments.arguments import MethodArguments, given
@@ -291,6 +291,7 @@ def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer) -> 
     return {
         "settings": plan,
         "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "epochs": state.epoch or 0,
         "steps": state.global_step,
         # By step; the first is before any training.

@@ -373,3 +373,27 @@ def test_the_top_k_form_is_refused_as_a_start(flags, tmp_path):
     run_glue.main(flags(*SIZES, out=tmp_path / "first"))
     with pytest.raises(ValueError, match="to train on it must be the full one"):
         run_glue.main(flags(*SIZES, "--start_from", str(tmp_path / "first" / "best"), out=tmp_path / "second"))
+
+
+def test_the_recipe_chooses_sizes_and_rates_and_the_record_has_them(flags, tmp_path, monkeypatch, capsys):
+    rates = {}
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **more):
+            rates.update({group["name"]: group["initial_lr"] for group in optimizer.param_groups})
+
+    make = run_glue.make_trainer
+
+    def noting(*everything):
+        trainer = make(*everything)
+        trainer.add_callback(Note())
+        return trainer
+
+    monkeypatch.setattr(run_glue, "make_trainer", noting)
+    run_glue.main(flags("--recipe", "--recipe_lora_rate", "1e-3", "--num_vectors", "20", "--num_train_epochs", "1"))
+    record = read_json(tmp_path / "run" / "record.json")
+    chosen = record["recipe"]
+    assert chosen["rates"] == {"lr_vector_bank": 2e-3, "lr_logits": 0.0} and rates["vector_bank"] == 2e-3
+    assert rates["weights"] == 4e-3 and record["settings"]["recipe"] is True
+    assert chosen["config"] == record["adapter_settings"] and chosen["config"]["init_vectors_of_a"] == 5
+    assert "rate of the bank" in capsys.readouterr().out

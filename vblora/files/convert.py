@@ -82,7 +82,7 @@ def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> 
     files = to_files(
         content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
     )
-    write_files(directory, *files, content.init_seed)
+    write_files(directory, *files, content.config, content.init_seed)
     return content
 
 

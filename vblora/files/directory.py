@@ -24,7 +24,7 @@ from vblora.bank import smallest_index_dtype
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import peft_format
 from vblora.files.content import Content, FileContent, check_heads, check_tensors, form_of, head_tensors
-from vblora.io import read_json, read_tensors, write_json, write_tensors
+from vblora.io import read_json, read_metadata, read_tensors, write_json, write_tensors
 from vblora.shapes import LayerShape
 
 CONFIG_FILE = "adapter_config.json"
@@ -40,7 +40,7 @@ def write_directory(content: Content, directory: str | Path, format: str = "auto
     files = to_files(
         content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
     )
-    write_files(directory, *files, content.init_seed)
+    write_files(directory, *files, content.config, content.init_seed)
 
 
 def to_files(
@@ -69,9 +69,15 @@ def to_files(
 
 
 def write_files(
-    directory: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor], init_seed: int | None
+    directory: str | Path,
+    settings: dict[str, Any],
+    tensors: dict[str, Tensor],
+    config: AdapterConfig,
+    init_seed: int | None,
 ) -> None:
     metadata = {} if init_seed is None else {"init_seed": str(init_seed)}
+    if METHOD_KEY not in settings:
+        metadata |= peft_format.start_metadata(config)
     write_tensors(Path(directory) / TENSOR_FILE, tensors, metadata)
     write_json(Path(directory) / CONFIG_FILE, settings)
 
@@ -126,7 +132,9 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
                 raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
             return by_name[method].from_dict(values), False
         if values.get("peft_type") == "VBLORA":
-            return peft_format.from_peft_config(values), True
+            config = peft_format.from_peft_config(values)
+            tensors = directory / TENSOR_FILE
+            return peft_format.with_start(config, read_metadata(tensors) if tensors.exists() else {}), True
         raise ValueError(
             f"peft_type is {values.get('peft_type')!r}: only VBLORA is loaded here; "
             "load adapters of other methods with peft.PeftModel.from_pretrained"

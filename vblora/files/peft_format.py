@@ -7,14 +7,16 @@ same holds for the indices and weights of the top-k form.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vblora.bank import Layout
-from vblora.config import VBLoRAConfig
+from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.io import describe_dtype
 from vblora.shapes import LayerShape
 
@@ -34,6 +36,7 @@ IGNORED_KEYS = (
     "task_type",
 )
 # The parts of a table of sub-vectors, and the endings PEFT gives them.
+START_KEY = "init_vectors_of_a"  # a setting of ours that PEFT does not have
 ENDINGS = {"logits": "", "topk_indices": "_topk_indices", "topk_weights": "_topk_weights"}
 
 
@@ -92,6 +95,7 @@ def to_peft_config(
     """The adapter_config.json that PEFT reads."""
     settings = config.to_dict()
     del settings["split_modules"]  # None, and nothing that PEFT knows
+    settings.pop(START_KEY, None)  # of the start alone: it stands in the tensors' metadata, which PEFT passes over
     if config.target_modules == "all-linear":  # PEFT would take a classification head for one of them
         settings["target_modules"] = [shape.name for shape in shapes]
     return {
@@ -123,6 +127,26 @@ def from_peft_config(values: dict[str, Any]) -> VBLoRAConfig:
     config = VBLoRAConfig.from_dict(values)
     assert isinstance(config, VBLoRAConfig)
     return config
+
+
+def start_metadata(config: AdapterConfig) -> dict[str, str]:
+    """What PEFT's settings have no place for, as metadata of the tensors' file."""
+    divided = config.init_vectors_of_a if isinstance(config, VBLoRAConfig) else 0
+    return {START_KEY: str(divided)} if divided else {}
+
+
+def with_start(config: VBLoRAConfig, metadata: Mapping[str, str]) -> VBLoRAConfig:
+    """The settings with what `start_metadata` has put into the tensors' file.
+
+    Raises:
+        ValueError: it is no number that these settings can have.
+    """
+    text = metadata.get(START_KEY)
+    if text is None:
+        return config
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ValueError(f"the metadata's {START_KEY} {text!r} is no number")
+    return replace(config, init_vectors_of_a=int(text))
 
 
 def _pieces(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> Iterator[tuple[str, bool, slice]]:

@@ -53,8 +53,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        self.vector_bank.copy_(draw(self.config, self.layout.rows, seed)[0])
-        self.logits = LogitTable(self.config, self.layout.rows)
+        self.vector_bank.copy_(draw(self.config, self.layout.of_a, seed)[0])
+        self.logits = LogitTable(self.config, self.layout.of_a)
         self.logits.start(seed)
         self._select()
 
@@ -118,7 +118,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         logarithm must be finite to be trained.
         """
         c = self.config
-        drawn = torch.cat(list(draw(c, self.layout.rows, seed)[1]))  # (N, h), float32 on the CPU as when training began
+        drawn = torch.cat(list(draw(c, self.layout.of_a, seed)[1]))  # (N, h), float32 on the CPU as when training began
         indices = self.topk_indices.cpu()
         logs = self.topk_logits.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
         largest = drawn.topk(c.topk, dim=-1).values  # (N, k)
@@ -127,7 +127,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
         drawn = torch.where(drawn < smallest, drawn, below).scatter(1, indices, selected)
         # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
-        self.logits = LogitTable(c, self.layout.rows).to(self.vector_bank)
+        self.logits = LogitTable(c, self.layout.of_a).to(self.vector_bank)
         self.logits.take_over(drawn.to(self.vector_bank.dtype), self.topk_indices, seed)
         self.topk_logits.copy_(selected)
 
@@ -179,7 +179,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.vector_bank.copy_(tensors["vector_bank"])
         if "logits" in tensors:
-            self.logits = LogitTable(self.config, self.layout.rows).to(self.vector_bank)
+            self.logits = LogitTable(self.config, self.layout.of_a).to(self.vector_bank)
             self.select(tensors["logits"].to(self.vector_bank))
             return
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))

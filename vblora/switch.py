@@ -9,11 +9,14 @@ from typing import Any, NamedTuple, Protocol
 from torch import nn
 
 from vblora.adapter import Adapter, attach
+from vblora.config import AdapterConfig
 from vblora.io import read_json, read_tensors
 from vblora.methods.through_peft import PeftAdapter, peft_config, peft_config_class, peft_config_from_dict
+from vblora.recipes import Recipe, recipe
 from vblora.shapes import Count, count_full
 
 HEADS = ("classifier.", "score.")  # where transformers' models keep a task's head
+RECIPE = "recipe"  # the key of settings that are to be chosen by `vblora.recipe`
 OWN_METHODS = {config.method: config for config in Adapter.methods}
 
 
@@ -34,6 +37,8 @@ class Adapted(NamedTuple):
 
     model: nn.Module
     adapter: AnyAdapter
+    recipe: Recipe | None = None
+    """Where the settings come from, if they were asked for as `RECIPE`."""
 
 
 class FullFineTuning:
@@ -82,12 +87,33 @@ def apply_method(model: nn.Module, method: str, settings: dict[str, Any]) -> Ada
             raise ValueError(f"full fine-tuning has no settings; got {', '.join(sorted(settings))}")
         return Adapted(model, FullFineTuning(model))
     if method in OWN_METHODS:
-        return Adapted(model, attach(model, OWN_METHODS[method].from_dict(settings)))
+        config, chosen = own_config(model, method, settings)
+        return Adapted(model, attach(model, config), chosen)
     if method.endswith(".json"):
         bridge = PeftAdapter(model, peft_config_from_dict({**read_config_file(method), **settings}))
     else:
         bridge = PeftAdapter(model, peft_config(method, settings))
     return Adapted(bridge.model, bridge)
+
+
+def own_config(model: nn.Module, method: str, settings: dict[str, Any]) -> tuple[AdapterConfig, Recipe | None]:
+    """The configuration of one of our methods for this model, and the recipe it comes from, if `settings` ask for one.
+
+    `settings[RECIPE]` holds what else `vblora.recipe` takes; the other settings go before what it chooses.
+
+    Raises:
+        ValueError: as `vblora.recipe`, a recipe for another method than VB-LoRA, or unknown settings.
+    """
+    if RECIPE not in settings:
+        return OWN_METHODS[method].from_dict(settings), None
+    if method != "vblora":
+        raise ValueError(f"the recipe is for VB-LoRA alone, not for {method}")
+    settings = {**settings}
+    more = settings.pop(RECIPE)
+    if unknown := sorted(set(settings) - set(OWN_METHODS[method].__dataclass_fields__)):
+        raise ValueError(f"unknown setting of vblora: {', '.join(unknown)}")
+    chosen = recipe(model, settings.pop("target_modules"), **more, **settings)
+    return chosen.config, chosen
 
 
 def field_names(method: str) -> set[str]:

@@ -1,0 +1,230 @@
+"""VB-LoRA by the recipe, by plain settings, and LoRA, at equal steps: docs/recipe.md's tables, from their runs.
+
+    ./scripts/reproduce.sh recipe --seeds 0 1 2 3 4                      # the quick start's sentences
+    ./scripts/reproduce.sh recipe --tasks cola mrpc --glue_dir GLUE      # GLUE's folders CoLA, MRPC, ... in GLUE
+    ./scripts/reproduce.sh recipe --rows recipe lora --epochs 3
+    ./scripts/reproduce.sh recipe --records results/recipe --no_runs     # the table again, from kept records
+    ./scripts/reproduce.sh recipe --records results/recipe --no_runs --epochs 3 6 --picture docs/figures/recipe.png
+
+A run that has a record is not run again, one that was interrupted goes on. --collect copies the records into a folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import generate_cola
+import quickstart
+from glue_tasks import TASKS
+from hyperparameters import row as flags_of
+from vblora.io import read_json, replacing
+from vblora_experiments import commands, records, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs" / "recipe"
+SENTENCES = "sentences"  # the quick start's
+
+Flags = Mapping[str, Any]
+PLAIN: Flags = {  # the quick start's settings before there was a recipe
+    "method": "vblora",
+    "num_vectors": 90,
+    "vector_length": 128,
+    "topk": 2,
+    "init_logits_std": 0.01,
+    "learning_rate_vector_bank": 5e-3,
+    "learning_rate_logits": 1e-2,
+}
+RECIPE: Flags = {"method": "vblora", "recipe": True}
+# By name. "lora" and "lora_qv" have the settings of the quick start and of MiniLM's row; the others all layers, rank 4.
+ROWS: dict[str, Flags] = {
+    "lora": {"method": "lora", "lora_alpha": 4, "learning_rate_adapter": 2e-3},
+    "lora_qv": {"method": "lora", "targets": "qv", "rank": 8, "lora_alpha": 16, "learning_rate_adapter": 1e-3},
+    "plain": PLAIN,
+    "plain_h240": {**PLAIN, "num_vectors": 240},
+    "recipe": RECIPE,
+    # A fifth of the numbers that LoRA r 8 has on query and value.
+    "recipe_small": {**RECIPE, "recipe_bytes": 58_980},
+    # One thing taken out of the recipe, or put in, at as many bytes.
+    "recipe_k2": {**RECIPE, "topk": 2},
+    "recipe_k3": {**RECIPE, "topk": 3},
+    "recipe_undivided": {**RECIPE, "init_vectors_of_a": 0},
+    "recipe_undivided_k2": {**RECIPE, "init_vectors_of_a": 0, "topk": 2},
+    "recipe_half_rate": {**RECIPE, "learning_rate_vector_bank": 2e-3},
+    "recipe_double_rate": {**RECIPE, "learning_rate_vector_bank": 8e-3},
+}
+DEFAULT_ROWS = ("lora", "plain", "recipe")
+
+
+def flags(task: str, name: str, epochs: float, seed: int, data: Path, out: Path) -> dict[str, Any]:
+    """The flags of run_glue.py for one run."""
+    if task == SENTENCES:
+        common = dict(quickstart.COMMON)
+    else:  # MiniLM's row for the task, without what is its method's
+        full = flags_of(f"minilm/{task}/full")
+        kept = ("max_length", "weight_decay", "warmup_steps", "per_device_train_batch_size", "max_train_samples")
+        common = {flag: full[flag] for flag in kept if flag in full}
+        head = flags_of(f"minilm/{task}/lora_qv")["head"]
+        common |= {"task": task, "targets": "all", "rank": 4, "learning_rate": 1e-3, "head": head}
+    places = {"model_name_or_path": quickstart.MINILM, "data_dir": data, "output_dir": out}
+    return {**places, **common, **ROWS[name], "num_train_epochs": epochs, "seed": seed}
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    if options.search is not None:
+        print(search_table(read_json(options.search)))
+        return
+    runs = [
+        (task, epochs, name, seed)
+        for seed in options.seeds
+        for task in options.tasks
+        for epochs in options.epochs
+        for name in options.rows
+    ]
+    found = {key: run(key, options) for key in runs} if options.records is None else kept(runs, options.records)
+    there = {key: record for key, record in found.items() if record is not None}
+    print(table(there))
+    if options.picture is not None:
+        picture(there, options.picture)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=["recipe"])
+    parser.add_argument("--tasks", nargs="+", choices=[SENTENCES, *TASKS], default=[SENTENCES])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(DEFAULT_ROWS), metavar="ROW")
+    parser.add_argument("--epochs", nargs="+", type=int, default=[3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders (CoLA, MRPC...)")
+    parser.add_argument("--runs", type=Path, default=RUNS)
+    parser.add_argument("--collect", type=Path, help="copy the records into this folder")
+    parser.add_argument("--search", type=Path, help="print the record of the search for the recipe, and no more")
+    parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
+    parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
+    parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
+    options = parser.parse_args(arguments)
+    if options.no_runs != (options.records is not None):
+        raise ValueError("--records and --no_runs go together: the table from kept records")
+    if options.tasks != [SENTENCES] and options.glue_dir is None and options.records is None:
+        raise ValueError("GLUE's tasks need --glue_dir, the folder with GLUE's folders")
+    return options
+
+
+Key = tuple[str, int, str, int]  # task, epochs, row, seed
+
+
+def name_of(key: Key) -> str:
+    task, epochs, name, seed = key
+    return f"{task}_e{epochs}_{name}_seed{seed}"
+
+
+def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
+    """One run's record."""
+    import run_glue  # takes seconds, as transformers does
+
+    task, epochs, name, seed = key
+    data = options.runs / SENTENCES if task == SENTENCES else options.glue_dir / TASKS[task].folder
+    if task == SENTENCES and not (data / "train.tsv").exists():
+        generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
+    out = options.runs / name_of(key)
+    values = flags(task, name, epochs, seed, data, out)
+    command = [part for flag, value in values.items() for part in (f"--{flag}", str(value))]
+    record = run_glue.main([*command, "--disable_tqdm", "True"])
+    if options.collect is not None:
+        with replacing(options.collect / f"{name_of(key)}.json") as temporary:
+            shutil.copyfile(out / records.RECORD_FILE, temporary)
+    return record
+
+
+def kept(runs: Sequence[Key], folder: Path) -> dict[Key, dict[str, Any] | None]:
+    """The records of these runs in a folder; None for one that is missing."""
+    files = {key: folder / f"{name_of(key)}.json" for key in runs}
+    return {key: read_json(path) if path.exists() else None for key, path in files.items()}
+
+
+SEARCHED = {
+    "rank": "r",
+    "num_vectors": "h",
+    "topk": "k",
+    "share_of_a": "A's share",
+    "init_vector_bank_bound": "bound",
+    "init_logits_std": "deviation",
+    "learning_rate_vector_bank": "rate",
+    "learning_rate_logits": "logits' rate",
+    "learning_rate_adapter": "LoRA's rate",
+}
+
+
+def search_table(search: Mapping[str, Any]) -> str:
+    """The settings that were tried on the sentences, the best last, with the score of each seed after three epochs."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for one in search["runs"]:
+        settings = {name: one["settings"].get(name, "") for name in SEARCHED}
+        groups.setdefault(json.dumps([one["method"], settings]), []).append(one)
+    lines = []
+    for group in sorted(groups.values(), key=lambda group: mean(one["matthews_correlation"][-1] for one in group)):
+        values = [group[0]["settings"].get(name, "") for name in SEARCHED]
+        scores = [100 * one["matthews_correlation"][-1] for one in sorted(group, key=lambda one: one["seed"])]
+        shown = [f"{value:g}" if value != "" else "" for value in values]
+        stored = f"{group[0]['stored_parameters']:,}"
+        lines.append([group[0]["method"], *shown, stored, " ".join(f"{score:.1f}" for score in scores)])
+    return tables.render(["method", *SEARCHED.values(), "stored numbers", "seeds"], lines, "markdown")
+
+
+def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
+    """Score over epochs: the mean of each method's seeds as a line, each seed as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    parts = list(dict.fromkeys(key[:2] for key in found))
+    figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4.2), squeeze=False, layout="constrained")
+    for axis, (task, epochs) in zip(axes[0], parts, strict=True):
+        for number, name in enumerate(dict.fromkeys(key[2] for key in found if key[:2] == (task, epochs))):
+            group = [record for key, record in found.items() if key[:3] == (task, epochs, name)]
+            metric = group[0]["scores"]["metric"]
+            curves = [[(e["epoch"], 100 * e[metric]) for e in record["scores"]["epochs"]] for record in group]
+            for curve in curves:
+                axis.plot(*zip(*curve, strict=True), ".", color=f"C{number}", alpha=0.4)
+            means = [(points[0][0], mean(score for _, score in points)) for points in zip(*curves, strict=True)]
+            stored = group[0]["stored_parameters"]["parameters"]
+            label = f"{name}: {stored:,} numbers, {len(group)} seeds"
+            axis.plot(*zip(*means, strict=True), color=f"C{number}", label=label)
+        axis.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}, {epochs} epochs")
+        axis.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def table(found: Mapping[Key, Mapping[str, Any]]) -> str:
+    """Mean and standard deviation over the seeds of the score at the last epoch, times 100."""
+    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
+    for (task, epochs, name, _), record in found.items():
+        groups.setdefault((task, epochs, name), []).append(record)
+    lines = []
+    for (task, epochs, name), group in groups.items():
+        metric = group[0]["scores"]["metric"]
+        scores = [100 * record["scores"]["last"][metric] for record in group]
+        lines.append(
+            [
+                f"{task} ({metric.replace('_', ' ')})",
+                str(epochs),
+                name,
+                f"{group[0]['stored_parameters']['parameters']:,}",
+                tables.number(mean(scores), stdev(scores) if len(scores) > 1 else None),
+                " ".join(f"{score:.1f}" for score in scores),
+            ]
+        )
+    return tables.render(["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds"], lines, "markdown")
+
+
+if __name__ == "__main__":
+    commands.run(main, "recipe_study")

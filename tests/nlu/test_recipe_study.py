@@ -1,0 +1,70 @@
+"""The runs that compare the recipe: their flags, and their table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import quickstart
+import recipe_study
+import run_glue
+
+
+def record(score, stored=100):
+    epochs = [{"epoch": 1.0, "matthews_correlation": score / 2}, {"epoch": 2.0, "matthews_correlation": score}]
+    scores = {"metric": "matthews_correlation", "epochs": epochs, "last": epochs[-1], "best": epochs[-1]}
+    return {"scores": scores, "stored_parameters": {"parameters": stored}}
+
+
+def test_the_table_has_mean_and_deviation_of_the_seeds():
+    found = {("sentences", 3, "recipe", seed): record(score) for seed, score in enumerate((0.5, 0.7))}
+    found["sentences", 3, "lora", 0] = record(0.8, 1000)
+    lines = recipe_study.table(found).splitlines()
+    assert "| sentences (matthews correlation) | 3 | recipe | 100 | 60.0 ± 14.1 | 50.0 70.0 |" in lines
+    assert "| sentences (matthews correlation) | 3 | lora | 1,000 | 80.0 | 80.0 |" in lines
+
+
+def test_the_search_is_listed_by_its_mean_the_best_last():
+    def one(score, seed, **settings):
+        return {
+            "method": "vblora",
+            "seed": seed,
+            "settings": settings,
+            "matthews_correlation": [0, score],
+            "stored_parameters": 9,
+        }
+
+    runs = [one(0.9, 1, topk=1), one(0.5, 0, topk=2), one(0.7, 0, topk=1)]
+    lines = recipe_study.search_table({"runs": runs}).splitlines()
+    assert lines[-2].endswith("| 9 | 50.0 |") and lines[-1].endswith("| 9 | 70.0 90.0 |")
+
+
+@pytest.mark.parametrize("name", recipe_study.ROWS)
+def test_every_row_is_a_command_that_run_glue_takes(name, tmp_path):
+    values = recipe_study.flags("sentences", name, 3, 1, tmp_path, tmp_path / "out")
+    glue, method, training = run_glue.parse([part for f, v in values.items() for part in (f"--{f}", str(v))])
+    assert training.seed == 1 and training.num_train_epochs == 3 and glue.max_length == quickstart.COMMON["max_length"]
+    assert method.settings(glue.targets, None)
+
+
+def test_a_glue_task_has_minilms_settings():
+    values = recipe_study.flags("sst2", "recipe", 3, 0, "data", "out")
+    assert values["max_train_samples"] == 4000 and values["head"] == "pooler,classifier" and values["targets"] == "all"
+
+
+def test_kept_records_make_the_table_and_the_picture(tmp_path, capsys):
+    for seed in (0, 1):
+        (tmp_path / f"sentences_e3_recipe_seed{seed}.json").write_text(json.dumps(record(0.6)))
+    picture = tmp_path / "picture.png"
+    recipe_study.main(["recipe", "--records", str(tmp_path), "--no_runs", "--picture", str(picture)])
+    assert "| 60.0 ± 0.0 | 60.0 60.0 |" in capsys.readouterr().out and picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--no_runs"], "go together"), (["--tasks", "cola"], "--glue_dir")],
+)
+def test_what_is_missing_is_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_study.main(["recipe", *flags])

@@ -1,0 +1,205 @@
+"""The recipe's numbers, and the start it takes: B of the bank's second part, which is zero."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+import pytest
+import torch
+from core_helpers import build, make_batch, run
+
+import vblora
+from vblora.files.directory import read_config
+from vblora.logits import draw
+from vblora.shapes import count_vblora
+from vblora.switch import RECIPE, own_config
+from vblora.targets import find_targets, layer_shapes
+from vblora_experiments.arguments import MethodArguments, given
+
+TARGETS = ["up", "down"]  # of the stack: 32 -> 64 and 64 -> 32
+DIVIDED = {"r": 2, "num_vectors": 12, "vector_length": 8, "target_modules": TARGETS, "init_vectors_of_a": 5}
+
+
+def attached(seed=3, **changes):
+    model = build("stack")
+    return model, vblora.attach(model, vblora.VBLoRAConfig(**{**DIVIDED, **changes}), seed=seed)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3])
+def test_a_divided_start_selects_each_sides_own_vectors_and_changes_nothing(topk):
+    before = run(build("stack"), make_batch("stack"))
+    model, adapter = attached(topk=topk)
+    of_a = adapter.layout.of_a
+    assert of_a.tolist() == ([True] * 8 + [False] * 16 + [True] * 16 + [False] * 8) * 2  # r 2, tiles 4 and 8
+    assert (adapter.topk_indices[of_a] < 5).all() and (adapter.topk_indices[~of_a] >= 5).all()
+    assert adapter.vector_bank[:5].abs().min() > 0 and not adapter.vector_bank[5:].any()
+    assert torch.equal(run(model, make_batch("stack")), before)
+
+
+def test_b_learns_first_as_in_lora():
+    model, adapter = attached()
+    run(model, make_batch("stack")).square().sum().backward()
+    gradient = adapter.vector_bank.grad
+    assert not gradient[:5].any() and gradient[5:].abs().sum() > 0
+
+
+def test_a_row_comes_to_no_vector_of_the_other_side_before_all_of_its_own():
+    _, adapter = attached()
+    logits, of_a = adapter.dense_logits(), adapter.layout.of_a
+    assert (logits[of_a, :5] > 0).all() and (logits[of_a, 5:] < 0).all()
+    assert (logits[~of_a, :5] < 0).all() and (logits[~of_a, 5:] > 0).all()
+
+
+def test_an_undivided_start_is_what_it_was():
+    config = vblora.VBLoRAConfig(num_vectors=6, vector_length=4, target_modules=TARGETS)
+    bank, blocks = draw(config, torch.arange(10) < 5, 7)
+    generator = torch.Generator().manual_seed(7)
+    assert torch.equal(bank, torch.empty(6, 4).uniform_(-0.02, 0.02, generator=generator))
+    assert torch.equal(torch.cat(list(blocks)), torch.randn(10, 6, generator=generator) * 0.1)
+    assert "init_vectors_of_a" not in config.to_dict()
+
+
+@pytest.mark.parametrize("wrong", [-1, 1, 11, 12, 2.0, True])
+def test_a_division_that_leaves_a_side_without_a_selection_is_refused(wrong):
+    with pytest.raises(ValueError, match="init_vectors_of_a"):
+        vblora.VBLoRAConfig(**{**DIVIDED, "topk": 2, "init_vectors_of_a": wrong})
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("place", ["peft", "native", "packed"])
+def test_the_start_is_kept_and_unselected_logits_are_drawn_as_then(place, topk, tmp_path):
+    _, adapter = attached(topk=topk)
+    drawn = adapter.dense_logits()
+    path = tmp_path / "adapter"
+    if place == "packed":
+        path = tmp_path / "adapter.vblora"
+        adapter.pack(path)
+    else:
+        adapter.save(path, format=place)
+        assert read_config(path)[0].init_vectors_of_a == 5
+    again = vblora.load(build("stack"), path, trainable=True)
+    assert again.config == adapter.config
+    assert torch.equal(again.topk_indices, adapter.topk_indices)
+    unselected = torch.ones_like(drawn).scatter(1, adapter.topk_indices, 0).bool()
+    assert torch.equal(again.dense_logits()[unselected], drawn[unselected])
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_peft_reads_a_divided_adapter(topk, tmp_path):
+    model, adapter = attached(topk=topk)
+    with torch.no_grad():
+        adapter.vector_bank.add_(0.3)
+    expected = run(model, make_batch("stack"))
+    adapter.save(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(build("stack"), tmp_path)
+    assert torch.allclose(run(theirs, make_batch("stack")), expected, atol=1e-5)
+
+
+def test_a_damaged_start_is_named(tmp_path):
+    from vblora.io import read_tensors, write_tensors
+
+    _, adapter = attached()
+    adapter.save(tmp_path)
+    tensors, _ = read_tensors(tmp_path / "adapter_model.safetensors")
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"init_vectors_of_a": "five"})
+    with pytest.raises(ValueError, match="init_vectors_of_a 'five' is no number"):
+        vblora.load(build("stack"), tmp_path)
+
+
+def shapes_of(model):
+    config = vblora.VBLoRAConfig(target_modules=TARGETS)
+    return layer_shapes(find_targets(model, config), config)
+
+
+def test_the_start_and_the_rates_come_from_the_widths():
+    """Sub-vectors of 32: A has one of each 32 wide layer and two of each 64 wide one, for each of r rows."""
+    chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40)
+    assert chosen.config.vector_length == 32 and chosen.config.topk == 1 and chosen.config.init_vectors_of_a == 10
+    assert chosen.config.init_vector_bank_bound == pytest.approx(3 * math.sqrt((1 / 32 + 2 / 64) / 3))
+    assert chosen.rates == {"lr_vector_bank": pytest.approx(2 * 2e-3 * 384 / 32), "lr_logits": 0.0}
+    assert vblora.recipe(build("stack"), TARGETS, lora_rate=1e-3).rates["lr_vector_bank"] == 2e-3
+
+
+def test_mixtures_start_larger_and_have_a_rate_for_their_logits():
+    one, two = (vblora.recipe(build("stack"), TARGETS, num_vectors=40, topk=k) for k in (1, 2))
+    assert two.rates["lr_logits"] == 3e-2
+    assert 1 < two.config.init_vector_bank_bound / one.config.init_vector_bank_bound < math.sqrt(2)
+
+
+@pytest.mark.parametrize("budget", [3000, 8000, 60_000])
+def test_the_bank_is_the_largest_that_fits(budget):
+    model = build("stack")
+    chosen = vblora.recipe(model, TARGETS, max_bytes=budget, vector_length=8)
+    sizes = {"r": 4, "vector_length": 8, "topk": 1}
+    h = chosen.config.num_vectors
+    assert chosen.stored.bytes == count_vblora(shapes_of(model), num_vectors=h, **sizes).bytes <= budget
+    assert count_vblora(shapes_of(model), num_vectors=h + 1, **sizes).bytes > budget
+
+
+def test_without_a_budget_it_is_a_fifth_of_loras_numbers():
+    chosen = vblora.recipe(build("stack", hidden=64, layers=6), TARGETS)
+    lora = 4 * 2 * (64 + 128) * 6
+    assert lora / 5 * 0.9 < chosen.stored.parameters <= lora / 5
+
+
+def test_every_number_is_printed_with_a_reason():
+    chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40, init_logits_std=2.0)
+    lines = str(chosen).splitlines()
+    assert [line.split("  ")[0].strip() for line in lines] == [choice.name for choice in chosen.choices]
+    assert all(choice.reason for choice in chosen.choices) and chosen.config.init_logits_std == 2.0
+    assert {choice.name: choice.reason for choice in chosen.choices}["init_logits_std"] == "as given"
+
+
+def test_its_groups_train_the_adapter():
+    model = build("bert")
+    chosen = vblora.recipe(model, ["query", "value"], modules_to_save=["classifier"], num_vectors=16)
+    adapter = vblora.attach(model, chosen.config)
+    groups = chosen.param_groups(model, lr=1e-3, weight_decay=0.1)
+    rates = {group["name"]: group["lr"] for group in groups}
+    assert rates["vector_bank"] == chosen.rates["lr_vector_bank"] and rates["weights"] == 1e-3
+    optimizer, before = vblora.AdamW(groups), adapter.vector_bank.detach().clone()
+    for _ in range(2):
+        run(model, make_batch("bert")).square().mean().backward()
+        optimizer.step()
+    assert (adapter.vector_bank[adapter.config.init_vectors_of_a :] != 0).any()
+    assert (adapter.vector_bank != before).any()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_bytes": 9000, "num_vectors": 4}, "give one of them"),
+        ({"max_bytes": 100}, "100 bytes hold no bank"),
+        ({"num_vectors": 1}, "num_vectors 1 "),
+        ({"lora_rate": -1.0}, "lora_rate"),
+        ({"max_bytes": 2.5}, "max_bytes"),
+        ({"r": 0}, "r must be"),
+    ],
+)
+def test_what_cannot_be_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        vblora.recipe(build("stack"), TARGETS, **wrong)
+
+
+def test_the_flag_leaves_the_rates_to_the_recipe_and_older_plans_as_they_were():
+    on = MethodArguments(recipe=True, rank=2, recipe_bytes=5000)
+    assert on.settings(TARGETS, None)["recipe"] == {"max_bytes": 5000}
+    assert on.rates() == {"lr_vector_bank": None, "lr_logits": None, "lr_adapter": None}
+    assert given(on)["recipe"] is True and "recipe" not in given(MethodArguments())
+    with pytest.raises(ValueError, match="--recipe does nothing with --method lora"):
+        MethodArguments(method="lora", recipe=True).settings(TARGETS, None)
+    with pytest.raises(ValueError, match="without --recipe"):
+        MethodArguments(recipe_bytes=5000).settings(TARGETS, None)
+
+
+def test_scripts_take_it_for_layers_that_are_several_in_one():
+    settings = {"target_modules": ["c_attn"], "split_modules": {"c_attn": ["q", "k", "v"]}, "modules_to_save": None}
+    config, chosen = own_config(build("gpt2"), "vblora", {**settings, "num_vectors": 30, RECIPE: {"lora_rate": 1e-3}})
+    assert chosen.config is config and config.split_modules == settings["split_modules"]
+    assert (config.num_vectors, chosen.rates["lr_vector_bank"]) == (30, 2e-3)
+    assert own_config(build("gpt2"), "vblora", settings)[1] is None
+    with pytest.raises(ValueError, match="for VB-LoRA alone, not for tied_lora"):
+        own_config(build("gpt2"), "tied_lora", {**settings, RECIPE: {}})
+    with pytest.raises(ValueError, match="unknown setting of vblora: speed"):
+        own_config(build("gpt2"), "vblora", {**settings, RECIPE: {}, "speed": 1})

@@ -1,0 +1,219 @@
+"""Settings with which VB-LoRA learns in LoRA's number of steps, from the widths of a model's layers (docs/recipe.md).
+
+Why plain settings are slow. A vector of the bank serves n sub-vectors, and their gradients are as good as orthogonal to
+each other. So a step moves each sub-vector by the rate times about 1/sqrt(n) along its own gradient, and by the rest
+along those of others. And each factor learns through the other: with both near zero, both gradients are small; with
+both large, their product is noise in the weights before anything is learned. LoRA has neither problem: n is 1, A starts
+at its full size and B at zero. The recipe takes LoRA's start, and gives most of the bank to B, which learns first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vblora import shapes as counts
+from vblora.config import VBLoRAConfig
+from vblora.optim import param_groups
+from vblora.shapes import Count, LayerShape
+from vblora.targets import find_targets, layer_shapes
+
+RANK = 4
+SHARE_OF_LORA = 5  # a bank of at most this part of LoRA's numbers, where nothing else is said
+SHARE_OF_A = 0.25  # of the bank
+SIZE_OF_A = 3.0  # times LoRA's. B starts at zero, so that this costs no noise in the weights
+# Of the bank, times LoRA's. A step moves a sub-vector by the rate whatever shares its vector, so that the rate which is
+# too high does not depend on the sharing: at two and a half times this one the first gradient is lost.
+RATE = 2.0
+LORA_RATE, LORA_RATE_WIDTH = 2e-3, 384  # LoRA's rate in the quick start, and the width of its encoder
+# With several vectors to a sub-vector: logits so far apart that a mixture starts near one vector.
+LOGITS_STD, LOGITS_RATE = 3.0, 3e-2
+WARMUP, MAX_GRAD_NORM = 0.06, 1.0
+LONGEST = 256  # of a sub-vector, as in the paper
+SHORTEST = 16
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One number of a recipe, and why it is that."""
+
+    name: str
+    value: Any
+    reason: str
+
+    def __str__(self) -> str:
+        value = f"{self.value:.4g}" if isinstance(self.value, float) else f"{self.value:,}"
+        return f"{self.name:<24} {value:>8}  {self.reason}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `vblora.recipe` gives. `print` shows every number with its reason.
+
+    Attributes:
+        config: for `vblora.attach`.
+        rates: learning rates beside the head's, as `vblora.param_groups` takes them.
+        warmup: share of the steps over which the rates rise; they fall linearly to zero afterwards.
+        max_grad_norm: what the gradient is clipped to.
+        stored: what the trained adapter stores.
+        choices: the numbers and their reasons.
+    """
+
+    config: VBLoRAConfig
+    rates: dict[str, float]
+    warmup: float
+    max_grad_norm: float
+    stored: Count
+    choices: tuple[Choice, ...]
+
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """`vblora.param_groups` of the adapted model with the recipe's rates; `lr` is the head's."""
+        return param_groups(model, lr, weight_decay=weight_decay, **self.rates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for a record."""
+        return {
+            "config": self.config.to_dict(),
+            "rates": dict(self.rates),
+            "warmup": self.warmup,
+            "max_grad_norm": self.max_grad_norm,
+            "stored_parameters": self.stored._asdict(),
+        }
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.choices))
+
+
+def recipe(
+    model: nn.Module,
+    target_modules: list[str] | str,
+    *,
+    max_bytes: int | None = None,
+    lora_rate: float | None = None,
+    r: int = RANK,
+    topk: int = 1,
+    num_vectors: int | None = None,
+    vector_length: int | None = None,
+    **settings: Any,
+) -> Recipe:
+    """VB-LoRA's settings for these layers of a model. The model is only looked at.
+
+    The bank starts within bound, with in_l the input widths and w the weights of a mixture, and trains at rate:
+
+        bound^2 = 3^2 * mean of 1 / in_l over the sub-vectors of A / expected sum of w^2
+        rate = 2 * LoRA's rate
+
+    Args:
+        model: the base model, or one without memory for its weights (device "meta").
+        target_modules: which layers, as in `vblora.VBLoRAConfig`.
+        max_bytes: of the adapter's tensors in PEFT's top-k form; it decides num_vectors. A fifth of LoRA's numbers at
+            the same rank unless given, or num_vectors.
+        lora_rate: the rate at which LoRA would be trained; 2e-3 at a width of 384 and in inverse proportion to the most
+            frequent input width unless given. Only the former was measured.
+        r, topk, num_vectors, vector_length: chosen by the user where given.
+        settings: further fields of `vblora.VBLoRAConfig`, which go before the recipe's.
+
+    Raises:
+        ValueError: max_bytes and num_vectors together, a budget too small for any bank, or settings that
+            `vblora.VBLoRAConfig` refuses.
+    """
+    if max_bytes is not None and num_vectors is not None:
+        raise ValueError("max_bytes and num_vectors both decide the size of the bank: give one of them")
+    for name, value in (("max_bytes", max_bytes), ("num_vectors", num_vectors), ("vector_length", vector_length)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+    if num_vectors is not None and num_vectors < 2 * topk:
+        raise ValueError(f"num_vectors {num_vectors} is too few: A and B need topk {topk} each")
+    if lora_rate is not None and not (isinstance(lora_rate, (int, float)) and 0 < lora_rate < math.inf):
+        raise ValueError(f"lora_rate must be a number above 0, not {lora_rate!r}")
+    probe = VBLoRAConfig(r=r, target_modules=target_modules, **settings)
+    shapes = layer_shapes(find_targets(model, probe), probe)
+    b, why_b = _length(shapes) if vector_length is None else (vector_length, "as given")
+    h, why_h = (num_vectors, "as given") if num_vectors is not None else _vectors(shapes, r, b, topk, max_bytes)
+    of_a = max(topk, round(SHARE_OF_A * h))
+    bound = SIZE_OF_A * math.sqrt(_mean_inverse_width(shapes, b) / _weights_squared(of_a, topk))
+    start = {"init_vector_bank_bound": bound, "init_logits_std": LOGITS_STD, "init_vectors_of_a": of_a}
+    chosen = {"r": r, "topk": topk, "num_vectors": h, "vector_length": b, **start, **settings}
+    config = VBLoRAConfig(target_modules=target_modules, **chosen)
+    width = Counter(shape.in_features for shape in shapes).most_common(1)[0][0]
+    lora = LORA_RATE * LORA_RATE_WIDTH / width if lora_rate is None else lora_rate
+    rates = {"lr_vector_bank": RATE * lora, "lr_logits": LOGITS_RATE if topk > 1 else 0.0}
+    stored = config.count(shapes)
+    of_lora = counts.count_lora(shapes, r=r).parameters
+    reasons = [
+        ("r", "rank of the factors, as LoRA's"),
+        ("vector_length", why_b),
+        ("num_vectors", why_h),
+        ("topk", _why_topk(topk)),
+        ("init_vectors_of_a", "A is drawn from these; B from the others, which start at zero"),
+        ("init_vector_bank_bound", f"A starts {SIZE_OF_A:g} times as large as LoRA's"),
+        ("init_logits_std", "a mixture starts near one vector"),
+    ]
+    choices = [Choice(name, chosen[name], "as given" if name in settings else why) for name, why in reasons]
+    choices += [
+        Choice("rate of the bank", rates["lr_vector_bank"], f"{RATE:g} times LoRA's, {lora:.4g} at a width of {width}"),
+        Choice("rate of the logits", rates["lr_logits"], _why_logits(topk)),
+        Choice("warm-up", WARMUP, "of the steps, then linear to zero"),
+        Choice("gradient clipped to", MAX_GRAD_NORM, "the Trainer's default"),
+        Choice("stored numbers", stored.parameters, f"{stored.bytes:,} bytes; LoRA of this rank: {of_lora:,} numbers"),
+    ]
+    return Recipe(config, rates, WARMUP, MAX_GRAD_NORM, stored, tuple(choices))
+
+
+def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
+    """The longest power of two up to 256 that divides every width."""
+    common = math.gcd(LONGEST, *(width for shape in shapes for width in shape[1:]))
+    if common >= SHORTEST:
+        return common, "the longest power of two up to 256 that divides every width"
+    return LONGEST // 2, "the widths have no long divisor in common: the last sub-vector of a row is cut"
+
+
+def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes: int | None) -> tuple[int, str]:
+    """The largest bank within the budget."""
+    if max_bytes is None:
+        most = counts.count_lora(shapes, r=r).parameters // SHARE_OF_LORA * counts.FLOAT32_BYTES
+        why = f"at most 1/{SHARE_OF_LORA} of LoRA's numbers"
+    else:
+        most, why = max_bytes, f"what {max_bytes:,} bytes hold"
+
+    def size(h: int) -> int:
+        return counts.count_vblora(shapes, r=r, num_vectors=h, vector_length=b, topk=topk).bytes
+
+    h = max(most // (counts.FLOAT32_BYTES * b), 1)
+    while h >= 2 * topk and size(h) > most:
+        h -= 1
+    if h < 2 * topk:
+        raise ValueError(
+            f"{most:,} bytes hold no bank of {2 * topk} vectors of {b} numbers and the selection of "
+            f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
+        )
+    return h, why
+
+
+def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
+    """The mean of 1 / in_features over the sub-vectors of A."""
+    tiles = [counts.tiles(shape.in_features, b) for shape in shapes]
+    return sum(n / shape.in_features for n, shape in zip(tiles, shapes, strict=True)) / sum(tiles)
+
+
+def _weights_squared(vectors: int, topk: int) -> float:
+    """The expected sum of squares of a mixture's weights when `vectors` logits are drawn: 1 for one vector."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(1000, vectors, generator=generator).abs() * LOGITS_STD
+    return float(drawn.topk(topk).values.softmax(dim=-1).square().sum(dim=-1).mean())
+
+
+def _why_topk(topk: int) -> str:
+    if topk == 1:
+        return "one vector is selected, as drawn: no mixture of several learned faster"
+    return "as given; selection is learned"
+
+
+def _why_logits(topk: int) -> str:
+    return "one vector has weight 1 whatever its logit" if topk == 1 else "selections settle within some hundred steps"
