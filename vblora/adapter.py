@@ -353,11 +353,11 @@ class Adapter(ForwardPath):
     def pack(
         self, path: str | Path, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
     ) -> int:
-        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.directory.packed.write`."""
+        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.files.packed.write`."""
         return packed.write(self.content(), path, bank=bank, weights=weights, heads=heads)
 
     def export_lora(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.directory.lora_format`."""
+        """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.files.lora`."""
         model, _ = self._require_home()
         lora.export(self.content(), directory, self.layer_factors(), dtype=dtype, task_type=lora.task_type_of(model))
 

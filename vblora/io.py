@@ -66,7 +66,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in place of what was there, in one step."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    try:
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:  # other programs refuse NaN and Infinity, which are no JSON
+        raise ValueError(f"{path} is not written: a number in it is NaN or infinite ({error})") from error
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import ExportableState
 
 from vblora import sharding
@@ -53,6 +55,12 @@ class AdapterTrainer(Trainer):
         with _as_adapted(adapted):
             super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
+        # Trainer takes every model whose forward has **kwargs as one that divides its loss by the items of the whole
+        # batch. Of ours the causal ones do, and label smoothing does; a classifier gives the mean of the rows it sees.
+        self._divides_loss = self.label_smoother is not None or _is_causal(adapted.model)
+        if not self._divides_loss:
+            self.model_accepts_loss_kwargs = True  # so that the items are counted, for `compute_loss`
+        self.adapted_model = adapted.model
         self.rates = dict(rates)
         self.recipe = adapted.recipe
         if adapted.recipe is not None:
@@ -70,6 +78,41 @@ class AdapterTrainer(Trainer):
         """Seconds spent training, over all sessions of the run."""
         # Asked of the callback that is there now: Trainer makes a new one when it resumes.
         return next(c.seconds for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a part of a batch as its share of the whole batch's mean.
+
+        The shares of all parts add up to that mean however the batch is divided, over accumulation steps and over
+        processes, whose gradients DDP averages: share = mean over the part * its items / all items * processes.
+        """
+        if self._divides_loss or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        items = inputs["labels"].ne(-100).sum()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        loss = loss * items * processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's.
+
+        Raises:
+            ValueError: the loss is no finite number; what has been saved stays as it is.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in self._groups(self.adapted_model))
+            raise ValueError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}: the training has diverged with the "
+                f"learning rates {rates}. Lower them, and give another --output_dir; what was saved before is left"
+            )
+        return loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -105,22 +148,39 @@ class AdapterTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not isinstance(self.adapter, Adapter):
-            super()._save(output_dir, state_dict)
+            arguments, self.args = self.args, self._arguments_to_keep()
+            try:
+                super()._save(output_dir, state_dict)
+            finally:
+                self.args = arguments
             return
         directory = Path(output_dir or str(self.args.output_dir))
         self.adapter.save(str(directory), form="full")
-        torch.save(self.args, directory / "training_args.bin")  # as Trainer does; never read back here
+        torch.save(self._arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, KeptWithCheckpoints):
                 callback.write(directory)
 
+    def _arguments_to_keep(self) -> TrainingArguments:
+        """The training arguments without the hub's token, which belongs in no file."""
+        kept = copy.copy(self.args)
+        kept.hub_token = None
+        return kept
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.adapter, Adapter):
             restore(self.adapter, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether this is one of transformers' causal language models, PEFT's wrapper aside."""
+    base_of: Any = getattr(model, "get_base_model", lambda: model)
+    base = base_of()
+    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _lengths(dataset: Any) -> list[int]:

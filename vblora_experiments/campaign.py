@@ -19,6 +19,7 @@ from typing import Any
 from vblora.io import replacing, write_json
 from vblora_experiments import plans, records, schedule, tables
 from vblora_experiments.rows import Rows
+from vblora_experiments.secrets import without_secrets
 
 Found = tuple[Path, dict[str, Any]]  # a record, and its file
 
@@ -370,7 +371,7 @@ def cut(arguments: list[str], own: frozenset[str]) -> tuple[list[str], dict[str,
 
 def real_flags(extra: Mapping[str, str]) -> dict[str, str]:
     """Of the flags that go to every run those that make another experiment of it."""
-    return {flag: value for flag, value in extra.items() if flag not in records.NEUTRAL}
+    return without_secrets({flag: value for flag, value in extra.items() if flag not in records.NEUTRAL})
 
 
 def _interrupt(*_: Any) -> None:

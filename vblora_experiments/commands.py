@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+from vblora_experiments.secrets import masked
+
 # bitsandbytes asks at its import for a package that nothing here needs. (A script that imports transformers' models or
 # peft before this module has printed that line by now.)
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -27,7 +29,7 @@ def run(main: Callable[[list[str]], Any], name: str) -> None:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {masked(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
 

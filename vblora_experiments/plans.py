@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from vblora_experiments.records import FREE_TO_CHANGE, NEUTRAL
+from vblora_experiments.secrets import without_secrets
 
 # Training arguments that a plan has even where they are at their default.
 ALWAYS = ("seed", "learning_rate", "num_train_epochs", "weight_decay")
@@ -34,7 +35,7 @@ def overrides(arguments: list[str]) -> dict[str, str]:
     for flag, value in zip(parts, [*parts[1:], "--"], strict=True):
         if flag.startswith("--"):
             values[flag.removeprefix("--").replace("-", "_")] = "true" if value.startswith("--") else value
-    return {flag: value for flag, value in values.items() if flag not in NEUTRAL}
+    return without_secrets({flag: value for flag, value in values.items() if flag not in NEUTRAL})
 
 
 def chosen(training: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def chosen(training: Any) -> dict[str, Any]:
     values = {name: getattr(training, name) for name in defaults}
     kinds = (str, int, float, bool, dict, list)
     plain = {n: v for n, v in values.items() if isinstance(v, kinds) and n not in FREE_TO_CHANGE}
-    return {n: getattr(v, "value", v) for n, v in plain.items() if n in ALWAYS or v != defaults[n]}
+    return without_secrets({n: getattr(v, "value", v) for n, v in plain.items() if n in ALWAYS or v != defaults[n]})
 
 
 def defaults() -> dict[str, Any]:

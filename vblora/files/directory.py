@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vblora.bank import smallest_index_dtype
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import peft_format
-from vblora.files.content import Content, FileContent, check_heads, check_tensors, form_of, head_tensors
+from vblora.files.content import Content, FileContent, check_floats, check_heads, check_tensors, form_of, head_tensors
 from vblora.io import read_json, read_metadata, read_tensors, write_json, write_tensors
 from vblora.shapes import LayerShape
 
@@ -36,7 +36,14 @@ FORMATS = ("auto", "peft", "native")
 
 
 def write_directory(content: Content, directory: str | Path, format: str = "auto") -> None:
-    """Write an adapter into a directory; what was there is replaced, each file in one step."""
+    """Write an adapter into a directory; what was there is replaced, each file in one step.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite numbers, which no reader would take. What was there stays.
+    """
+    for name, tensor in {**content.tensors, **content.heads}.items():
+        if tensor.is_floating_point():
+            check_floats(name, tensor)
     files = to_files(
         content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
     )

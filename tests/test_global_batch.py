@@ -1,0 +1,148 @@
+"""One global batch gives one gradient and one loss, however it is divided; and a run that diverges ends as such."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from core_helpers import build
+from transformers import TrainerCallback, TrainingArguments
+
+import vblora
+from vblora.switch import apply_method
+from vblora.trainer import AdapterTrainer, KeepBest
+from vblora_experiments import plans
+from vblora_experiments.causal import Encoded, EncodedRows, Padded
+from vblora_experiments.secrets import is_secret, masked, without_secrets
+
+SETTINGS = {"r": 2, "num_vectors": 12, "vector_length": 16, "target_modules": "all-linear"}
+RATES = {"lr_vector_bank": 1e-2, "lr_logits": 1e-2}
+
+
+class Gradients(TrainerCallback):
+    """What each step's gradients are."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+
+class Rows(torch.utils.data.Dataset):
+    """Ten rows for a classifier of three classes."""
+
+    def __init__(self, count):
+        generator = torch.Generator().manual_seed(5)
+        self.rows = torch.randint(3, 50, (count, 7), generator=generator)
+        self.labels = torch.randint(0, 3, (count,), generator=generator)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "labels": self.labels[index]}
+
+
+def causal_rows():
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for length in (4, 9, 5, 7, 12, 3, 8, 6, 10, 5):
+        ids = torch.randint(3, 50, (length,), generator=generator).tolist()
+        rows.append(Encoded(ids, [-100, *ids[1:]]))
+    return EncodedRows(rows)
+
+
+def one_step(kind, method, tmp_path, size, accumulate, smoothing=0.0):
+    """The gradients of one step over all ten rows, and the loss in the log."""
+    model = build(kind)
+    torch.manual_seed(1)
+    if method == "lora":
+        adapted, rates = apply_method(model, "lora", {"r": 2, "target_modules": "all-linear"}), {}
+    else:
+        adapted, rates = apply_method(model, "vblora", SETTINGS), RATES
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulate,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        label_smoothing_factor=smoothing,
+        max_grad_norm=0.0,
+    )
+    classifier = kind == "bert"
+    rows = Rows(10) if classifier else causal_rows()
+    watched = Gradients()
+    collate = {} if classifier else {"data_collator": Padded(0)}
+    trainer = AdapterTrainer(adapted, rates, arguments, train_dataset=rows, callbacks=[watched], **collate)
+    trainer.train()
+    return watched.steps[0], trainer.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "smoothing"),
+    [("bert", "vblora", 0.0), ("bert", "lora", 0.0), ("bert", "vblora", 0.1), ("llama", "vblora", 0.0)],
+)
+def test_a_batch_in_parts_gives_the_gradient_and_the_loss_of_the_whole(kind, method, smoothing, tmp_path):
+    whole, loss = one_step(kind, method, tmp_path, 10, 1, smoothing)
+    for size, accumulate in ((5, 2), (4, 3)):  # the last of three parts has two rows
+        parts, recorded = one_step(kind, method, tmp_path, size, accumulate, smoothing)
+        assert len(parts) == len(whole) >= 2
+        for one, other in zip(parts, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        assert recorded == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_run_that_diverges_ends_with_its_step_and_rates_and_leaves_what_was_saved(tmp_path):
+    model = build("bert")
+    adapter = vblora.attach(model, vblora.VBLoRAConfig(**SETTINGS))
+    adapter.save(tmp_path / "best", form="full")
+    before = (tmp_path / "best" / "adapter_model.safetensors").read_bytes()
+    adapted = apply_method(build("bert"), "vblora", SETTINGS)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = AdapterTrainer(adapted, {"lr_vector_bank": 1e30, "lr_logits": 1e-2}, arguments, train_dataset=Rows(10))
+    trainer.add_callback(KeepBest(adapted.adapter, "accuracy", tmp_path / "best"))
+    with pytest.raises(ValueError, match=r"loss is .* at step 2: .*vector_bank .*Lower them"):
+        trainer.train()
+    assert (tmp_path / "best" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("form", ["topk", "full"])
+def test_an_adapter_that_has_become_nan_does_not_replace_a_good_one(form, tmp_path):
+    adapter = vblora.attach(build("bert"), vblora.VBLoRAConfig(**SETTINGS))
+    adapter.save(tmp_path, form=form)
+    with torch.no_grad():
+        adapter.vector_bank[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="vector_bank holds NaN"):
+        adapter.save(tmp_path, form=form)
+    assert vblora.load(build("bert"), tmp_path).vector_bank.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub_token", "api_key", "OPENAI_API_KEY", "password", "token"])
+def test_what_is_a_secret(name):
+    assert is_secret(name)
+    assert without_secrets({"a": {name: "x", "rank": 4}, name: "x"}) == {"a": {"rank": 4}}
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "pad_token_id", "average_tokens_across_devices", "rank"])
+def test_what_is_none(name):
+    assert not is_secret(name)
+
+
+def test_a_secret_stands_in_no_plan_no_name_and_no_message(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), hub_token="hf_abcdefg", report_to="none", use_cpu=True)
+    assert "hf_abcdefg" not in json.dumps(plans.chosen(arguments))
+    flags = ["--hub_token=hf_abcdefg", "--rank", "4"]
+    assert plans.overrides(flags) == {"rank": "4"}
+    assert masked("no flag --hub_token=hf_abcdefg", flags) == "no flag --hub_token=***"
+    adapted = apply_method(build("bert"), "vblora", SETTINGS)
+    AdapterTrainer(adapted, RATES, arguments).save_model(str(tmp_path / "kept"))
+    files = [path for path in (tmp_path / "kept").iterdir() if path.is_file()]
+    assert files and not any(b"hf_abcdefg" in path.read_bytes() for path in files)
