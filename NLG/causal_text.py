@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from e2e_data import Example
-from vblora.training.causal import IGNORED, Encoded
+from vblora_experiments.causal import IGNORED, Encoded
 
 
 def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Encoded]:

@@ -24,11 +24,10 @@ from transformers import HfArgumentParser
 from causal_text import prompts
 from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
-from vblora.files import read_json, replacing, write_json
-from vblora.training import commands, records
-from vblora.training.causal import load_tokenizer
-from vblora.training.progress import Progress
-from vblora.training.tuned import Tuned
+from vblora.io import read_json, replacing, write_json
+from vblora.models import PLAN_FILE, Tuned, load_tokenizer
+from vblora_experiments import commands, records
+from vblora_experiments.progress import Progress
 
 
 def main(arguments: list[str]) -> Path:
@@ -88,7 +87,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
         raise ValueError(f"--batch_size must be at least 1, not {options.batch_size}")
     if options.max_samples is not None and options.max_samples < 1:
         raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
-    if not (options.run / records.PLAN_FILE).exists():
+    if not (options.run / PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train.py")
     return options, decoding
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vblora.training.commands import from_hub
+from vblora.hub import from_hub
 
 
 class Example(NamedTuple):

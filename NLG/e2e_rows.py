@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vblora.training.rows import Model, Rows
+from vblora_experiments.rows import Model, Rows
 
 # Table 8, but for the settings of VB-LoRA itself. They are also what train.py does unless told otherwise.
 COMMON: dict[str, Any] = {

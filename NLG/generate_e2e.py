@@ -14,8 +14,8 @@ import csv
 import random
 from pathlib import Path
 
-from vblora.files import replacing
-from vblora.training import commands
+from vblora.io import replacing
+from vblora_experiments import commands
 
 NAMES = (
     "The Copper Kettle",

@@ -22,9 +22,10 @@ from typing import Any
 import e2e_paper
 from e2e_data import SETS
 from e2e_rows import METHODS, ROWS, row
-from vblora.files import replacing
-from vblora.training import campaign, commands, records, tables
-from vblora.training.rows import check_names
+from vblora.io import replacing
+from vblora.models import RECORD_FILE
+from vblora_experiments import campaign, commands, tables
+from vblora_experiments.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"medium": "gpt2_medium", "large": "gpt2_large", "smollm2": "smollm2_135m"}
@@ -109,7 +110,7 @@ class E2E(campaign.RowCampaign):
     def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
         """The texts, so that anybody can score them again."""
         texts = record_file.parent / "test.txt"
-        if record_file.name != records.RECORD_FILE:  # collected before
+        if record_file.name != RECORD_FILE:  # collected before
             texts = record_file.parent / "texts" / f"{trial.name}.txt"
         kept = folder / "texts" / f"{trial.name}.txt"
         if texts.exists() and texts != kept:

@@ -27,7 +27,7 @@ from e2e_rows import row
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora.training import commands, plans, records
+from vblora_experiments import commands, plans, records
 
 
 def main(arguments: list[str]) -> dict[str, Any]:

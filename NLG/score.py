@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import e2e_scores
-from vblora.training import commands
+from vblora_experiments import commands
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
         "references": sum(len(group) for group in references),
     }
     if chosen.json is not None:
-        from vblora.files import write_json  # imports torch
+        from vblora.io import write_json  # imports torch
 
         write_json(chosen.json, result)
     return result

@@ -30,14 +30,14 @@ from causal_text import encode
 from e2e_data import SETS, Example, Group, fingerprint, group, load_split
 from e2e_rows import COMMON
 from vblora.adapter import Adapter
-from vblora.files import read_json, write_json
+from vblora.io import folder_fingerprint, read_json, write_json
 from vblora.methods.switch import OWN_METHODS, Adapted, apply_method, read_config_file
-from vblora.training import commands, plans, records
-from vblora.training.arguments import MethodArguments, given
-from vblora.training.causal import EncodedRows, Padded, load_model, load_tokenizer, torch_dtype
-from vblora.training.sampling import spaced
-from vblora.training.trainer import AdapterTrainer
-from vblora.training.tuned import TRAINING_FILE
+from vblora.models import TRAINING_FILE, load_model, load_tokenizer, model_name, torch_dtype
+from vblora.sampling import spaced
+from vblora.trainer import AdapterTrainer
+from vblora_experiments import commands, plans, records
+from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments.causal import EncodedRows, Padded
 
 DEFAULTS: dict[str, Any] = {
     **COMMON,
@@ -109,7 +109,7 @@ def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, Trainin
     arguments = plans.split(arguments)
     known = parser.parse_args(arguments)
     if known.output_dir is None:
-        model = plans.model_name(known.model_name_or_path)
+        model = model_name(known.model_name_or_path)
         name = f"{model}_{known.dataset}_{known.targets}_{known.method}_seed{known.seed}"
         arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
     text, method, training = parser.parse_args_into_dataclasses(arguments)
@@ -144,11 +144,11 @@ def make_plan(
     plan.pop("data_dir", None)
     plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
     if Path(text.model_name_or_path).is_dir():
-        plan["model_fingerprint"] = records.folder_fingerprint(Path(text.model_name_or_path))
+        plan["model_fingerprint"] = folder_fingerprint(Path(text.model_name_or_path))
     if method.method.endswith(".json"):
         plan["method"] = Path(method.method).name
         plan["method_file"] = read_config_file(method.method)
-    plan["model_name_or_path"] = plans.model_name(text.model_name_or_path)
+    plan["model_name_or_path"] = model_name(text.model_name_or_path)
     return plan
 
 

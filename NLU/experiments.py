@@ -8,7 +8,7 @@ from typing import Any
 
 import paper
 from hyperparameters import row as flags_of
-from vblora.training import campaign
+from vblora_experiments import campaign
 
 MNLI_STARTED = ("mrpc", "rte", "stsb")  # the tasks that LoRA and LoRA-XS start from an MNLI-tuned adapter
 

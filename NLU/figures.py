@@ -33,10 +33,11 @@ import table
 from experiments import ABLATIONS, TABLE_1, Trial, ablation, table1
 from hyperparameters import METHODS, MODELS
 from reproduce import SIZES
-from vblora.files import replacing
-from vblora.training import commands
-from vblora.training.records import RECORD_FILE, SELECTIONS_FILE
-from vblora.training.selection_log import Selections, read_log
+from vblora.io import replacing
+from vblora.models import RECORD_FILE
+from vblora_experiments import commands
+from vblora_experiments.records import SELECTIONS_FILE
+from vblora_experiments.selection_log import Selections, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "results" / "glue_minilm"

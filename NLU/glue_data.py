@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from glue_tasks import HUB_DATASET, Task, get_task
-from vblora.training.commands import from_hub
+from vblora.hub import from_hub
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from encoders import MINILM
-from vblora.training.rows import check_names
+from vblora_experiments.rows import check_names
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import run_glue
 from encoders import MINILM, find_encoder
 from glue_data import load_task
 from glue_tasks import compute_metrics
-from vblora.training import commands
+from vblora_experiments import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,10 +132,10 @@ def selection_shares(adapter: Path) -> tuple[list[str], Any]:
     """How the weight of each factor (A or B of one layer) is spread over the bank: names, and rows that sum to 1."""
     import torch
 
-    from vblora.files import read_tensors
+    from vblora.files.describe import selections
+    from vblora.files.directory import TENSOR_FILE, read_config
+    from vblora.io import read_tensors
     from vblora.methods.vb_lora import VBLoRAConfig
-    from vblora.storage import TENSOR_FILE, read_config
-    from vblora.storage.inspect import selections
 
     config, _ = read_config(adapter)
     assert isinstance(config, VBLoRAConfig)

@@ -23,8 +23,8 @@ import generate_cola
 import quickstart
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
-from vblora.files import read_json, replacing
-from vblora.training import commands, records, tables
+from vblora.io import read_json, replacing
+from vblora_experiments import commands, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipe"

@@ -26,9 +26,10 @@ import table
 from experiments import ABLATIONS, EXPERIMENTS, TABLE_1, TABLE_1_MODELS, Trial, ablation, table1
 from glue_tasks import TASKS as GLUE_TASKS
 from hyperparameters import METHODS, MODELS, TASKS, row
-from vblora.files import read_json, replacing
-from vblora.training import campaign, commands, records, schedule
-from vblora.training.rows import check_names
+from vblora.io import read_json, replacing
+from vblora.models import RECORD_FILE
+from vblora_experiments import campaign, commands, records, schedule
+from vblora_experiments.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"base": "roberta_base", "large": "roberta_large", "minilm": "minilm"}
@@ -141,7 +142,7 @@ class Glue(campaign.Campaign):
     def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
         """The selections of seed 0, which the figures are made from."""
         log = record_file.parent / records.SELECTIONS_FILE
-        if record_file.name != records.RECORD_FILE:  # collected before
+        if record_file.name != RECORD_FILE:  # collected before
             log = record_file.parent / "selections" / f"{trial.name}.safetensors"
         kept = folder / "selections" / f"{trial.name}.safetensors"
         if trial.seed == 0 and log.exists() and log != kept:
@@ -155,7 +156,7 @@ def main(arguments: list[str]) -> None:
 
 def _has_adapter(start: Trial, runs: Path) -> bool:
     """Whether the run that others start from is finished, and its adapter is there."""
-    record = runs / start.name / records.RECORD_FILE
+    record = runs / start.name / RECORD_FILE
     return record.exists() and start.is_of(read_json(record)) and (runs / start.name / "best").is_dir()
 
 

@@ -35,14 +35,17 @@ from glue_data import TaskData, load_task, tokenize
 from glue_tasks import Task, compute_metrics, get_task
 from hyperparameters import TARGETS, row
 from vblora.adapter import Adapter
-from vblora.counting import FLOAT32_BYTES, Count
+from vblora.hub import from_hub
+from vblora.io import folder_fingerprint
 from vblora.methods import SelectionVBLoRA, VBLoRA
 from vblora.methods.switch import Adapted, AnyAdapter, apply_method, read_config_file
 from vblora.methods.vb_lora import read_bank, use_bank
-from vblora.training import commands, plans, records
-from vblora.training.arguments import MethodArguments, given
-from vblora.training.selection_log import SelectionLog
-from vblora.training.trainer import AdapterTrainer, KeepBest
+from vblora.models import model_name
+from vblora.shapes import FLOAT32_BYTES, Count
+from vblora.trainer import AdapterTrainer, KeepBest
+from vblora_experiments import commands, plans, records
+from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments.selection_log import SelectionLog
 
 # What a run does unless told otherwise: one evaluation and one checkpoint per epoch.
 DEFAULTS: dict[str, Any] = {
@@ -128,9 +131,7 @@ def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, Trainin
     parser.set_defaults(**DEFAULTS)
     known = parser.parse_args(arguments)
     if known.output_dir is None:
-        name = (
-            f"{plans.model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
-        )
+        name = f"{model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
         arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
     glue, method, training = parser.parse_args_into_dataclasses(arguments)
     _check(glue, method, training)
@@ -169,18 +170,18 @@ def make_plan(
     plan = {**given(glue), **given(method), **plans.chosen(training), "data_fingerprint": data.fingerprint}
     plan.pop("data_dir", None)
     if glue.start_from is not None:
-        plan["start_from"] = records.folder_fingerprint(Path(glue.start_from))
+        plan["start_from"] = folder_fingerprint(Path(glue.start_from))
     plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
     if glue.bank_from is not None:
-        plan["bank_from"] = records.folder_fingerprint(Path(glue.bank_from))
+        plan["bank_from"] = folder_fingerprint(Path(glue.bank_from))
     folder = Path(find_model(glue.model_name_or_path))
     if folder.is_dir():
-        plan["model_fingerprint"] = records.folder_fingerprint(folder)
+        plan["model_fingerprint"] = folder_fingerprint(folder)
     if method.method.endswith(".json"):
         plan["method"] = Path(method.method).name
         plan["method_file"] = read_config_file(method.method)
         plan["targets"] = "as in the file" if "target_modules" in plan["method_file"] else glue.targets
-    plan["model_name_or_path"] = plans.model_name(glue.model_name_or_path)
+    plan["model_name_or_path"] = model_name(glue.model_name_or_path)
     return plan
 
 
@@ -193,8 +194,8 @@ def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Ada
     """The model with its adapter, and the tokenizer."""
     name = find_model(glue.model_name_or_path)
     flag = "--model_name_or_path DIR"
-    tokenizer = commands.from_hub(lambda: AutoTokenizer.from_pretrained(name), name, flag)
-    model = commands.from_hub(
+    tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name), name, flag)
+    model = from_hub(
         lambda: AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.num_labels), name, flag
     )
     settings = method.settings(TARGETS.get(glue.targets, glue.targets), glue.head.split(","))

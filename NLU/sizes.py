@@ -22,8 +22,8 @@ import table
 from experiments import table1
 from figures import OUTPUT, RECORDS, ROOT, STYLE, Point, draw_scores, save
 from hyperparameters import METHODS, MODELS
-from vblora.files import read_json
-from vblora.training import commands, tables
+from vblora.io import read_json
+from vblora_experiments import commands, tables
 
 PACKED = ROOT / "results" / "packed_minilm.json"
 # What of the packed settings is drawn, by bank and weights: all of them would lie over each other.

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import paper
 from experiments import ABLATIONS, TABLE_1, Trial, trial_of
-from vblora.training import campaign, commands, records, tables
-from vblora.training.tables import count, number, signed
+from vblora_experiments import campaign, commands, records, tables
+from vblora_experiments.tables import count, number, signed
 
 TITLES = {
     "full": "full fine-tuning",

@@ -38,7 +38,7 @@ import vblora  # noqa: E402
 from encoders import find_encoder  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from hyperparameters import TARGETS, row  # noqa: E402
-from vblora.training import commands  # noqa: E402
+from vblora_experiments import commands  # noqa: E402
 
 LLAMA2_7B = 39_040  # sub-vectors of all linear layers, r 4, b 256
 GOAL = 0.05

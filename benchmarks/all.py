@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from vblora.training import commands
+from vblora_experiments import commands
 
 FOLDER = Path(__file__).resolve().parent
 ONE_LAYER = "--layers 1 --width 64"

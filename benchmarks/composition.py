@@ -25,7 +25,7 @@ from torch import Tensor
 from turns import medians, parser, ratios, report, require_positive, take_turns, timed
 
 from vblora.bank import compose, select
-from vblora.training import commands
+from vblora_experiments import commands
 
 BAG, GATHER, PEFT, TRITON = "embedding bag", "gather", "PEFT, factor by factor", "Triton kernel"
 FACTORS = 448  # of Llama2-7B: A and B of 32 blocks of 7 layers

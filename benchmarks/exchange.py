@@ -32,8 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import report, require_positive
 
-from vblora.counting import LayerShape, sub_vectors
-from vblora.training import commands
+from vblora.shapes import LayerShape, sub_vectors
+from vblora_experiments import commands
 
 WORLD, BATCH, LENGTH, VOCABULARY = 2, 1, 32, 256  # rows of one process and step, and their tokens
 R, K = 4, 2  # of the ways in step_time.py

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import vblora
-from vblora.files import write_json
-from vblora.training.records import environment
+from vblora.io import write_json
+from vblora_experiments.records import environment
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 BANK: dict[str, Any] = {"r": 4, "num_vectors": 90, "vector_length": 256, "topk": 2}  # Table 7

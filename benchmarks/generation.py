@@ -24,7 +24,7 @@ from torch import Tensor
 from turns import medians, parser, ratios, report, require_positive, take_turns, timed
 
 import vblora
-from vblora.training import commands
+from vblora_experiments import commands
 
 PROMPT, NEW = 16, 32  # tokens of a row: given, and generated
 UNMERGED, MERGED, PEFT, LORA = "unmerged", "merged", "VB-LoRA in PEFT", "LoRA in PEFT"

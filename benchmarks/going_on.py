@@ -29,9 +29,10 @@ import vblora  # noqa: E402
 from encoders import find_model  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import compute_metrics, get_task  # noqa: E402
-from vblora.files import read_json, write_json  # noqa: E402
-from vblora.storage.packing import pack_directory  # noqa: E402
-from vblora.training import commands, records  # noqa: E402
+from vblora.files.convert import pack_directory  # noqa: E402
+from vblora.io import read_json, write_json  # noqa: E402
+from vblora.models import PLAN_FILE, RECORD_FILE  # noqa: E402
+from vblora_experiments import commands, records  # noqa: E402
 
 PACKED: dict[str, dict[str, Any]] = {
     "packed, lossless": {},
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("a run is needed: the output folder of NLU/run_glue.py")
     if options.steps < 1:
         raise ValueError(f"--steps must be at least 1, not {options.steps}")
-    plan, record = read_json(options.run / records.PLAN_FILE), read_json(options.run / records.RECORD_FILE)
+    plan, record = read_json(options.run / PLAN_FILE), read_json(options.run / RECORD_FILE)
     if plan["method"] != "vblora":
         raise ValueError(f"{options.run} is a run of {plan['method']}, not of vblora")
     trial = Trial(plan, options)

@@ -26,8 +26,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from turns import medians, parser, ratios, report, require_positive, take_turns
 
-from vblora.files import read_json, replacing
-from vblora.training import commands
+from vblora.io import read_json, replacing
+from vblora_experiments import commands
 
 WIDTH, VECTOR_LENGTH, VOCABULARY = 256, 64, 256
 Way = tuple[nn.Module, torch.optim.Optimizer]

@@ -26,7 +26,7 @@ from torch import Tensor
 from turns import Seconds, medians, parser, report, require_positive, take_turns, timed
 
 import vblora
-from vblora.training import commands
+from vblora_experiments import commands
 
 TOKENS = 16
 NAMES = ("one", "two")

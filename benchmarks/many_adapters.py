@@ -23,9 +23,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import vblora
-from vblora.files import write_json
-from vblora.training import commands
-from vblora.training.records import environment
+from vblora.io import write_json
+from vblora_experiments import commands
+from vblora_experiments.records import environment
 
 PROMPT, NEW = 16, 16  # tokens of a row: given, and generated
 BATCHES = (1, 8, 32)

@@ -32,11 +32,16 @@ from encoders import find_model  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import compute_metrics, get_task  # noqa: E402
 from vblora.bank import at_most_one  # noqa: E402
-from vblora.counting import LayerShape, sub_vectors  # noqa: E402
-from vblora.files import read_json, write_json  # noqa: E402
+from vblora.files import convert, packed  # noqa: E402
+from vblora.io import read_json, write_json  # noqa: E402
 from vblora.methods import VBLoRAConfig  # noqa: E402
-from vblora.storage import packed, packing  # noqa: E402
-from vblora.training import commands, records  # noqa: E402
+from vblora.models import (  # noqa: E402
+    PLAN_FILE,
+    RECORD_FILE,
+    read_adapter,
+)
+from vblora.shapes import LayerShape, sub_vectors  # noqa: E402
+from vblora_experiments import commands, records  # noqa: E402
 
 # bank, weights, heads
 SETTINGS: list[tuple[str, str | int, str]] = [
@@ -79,11 +84,12 @@ def main(arguments: list[str]) -> None:
 
 def open_adapter(path: Path, options: argparse.Namespace) -> tuple[packed.Content, Any, float | None]:
     """The adapter; a function from a packed file to its score, where there is one; and the run's own best score."""
-    if not (path / records.PLAN_FILE).exists():
-        return packing.read_directory(path, options.model), None, None
-    scorer = Scorer(read_json(path / records.PLAN_FILE), options)
-    scores = read_json(path / records.RECORD_FILE)["scores"]
-    content = packing.read_directory(path / "best", scorer.model())
+    if not (path / PLAN_FILE).exists():
+        content = read_adapter(path, options.model) if options.model else convert.read_directory(path)
+        return content, None, None
+    scorer = Scorer(read_json(path / PLAN_FILE), options)
+    scores = read_json(path / RECORD_FILE)["scores"]
+    content = convert.read_directory(path / "best", scorer.model())
     return content, scorer, scores["best"][scores["metric"]]
 
 
@@ -130,7 +136,7 @@ def measure(content: packed.Content, score: Any, trained: float | None) -> dict[
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "a.vblora.safetensors"
             size = packed.write(content, file, bank=bank, weights=weights, heads=heads)
-            loss = packing.compare(content, packed.read(file))
+            loss = convert.compare(content, packed.read(file))
             row: dict[str, Any] = {"bank": bank, "weights": weights, "heads": heads, "bytes": size}
             row["bytes_without_heads"] = len(packed.dumps(alone, bank=bank, weights=weights))
             row |= loss._asdict() if loss else {}
@@ -143,7 +149,7 @@ def _peft_bytes(content: packed.Content) -> int:
     """Bytes of the tensors' file of the top-k form, PEFT's where that can hold the adapter."""
     with tempfile.TemporaryDirectory() as folder:
         packed.write(content, Path(folder) / "a")
-        packing.unpack(Path(folder) / "a", Path(folder) / "b")
+        convert.unpack(Path(folder) / "a", Path(folder) / "b")
         return (Path(folder) / "b" / "adapter_model.safetensors").stat().st_size
 
 

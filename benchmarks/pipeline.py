@@ -45,9 +45,9 @@ import train  # noqa: E402
 from glue_tasks import TASKS  # noqa: E402
 from vblora.adapter import Adapter  # noqa: E402
 from vblora.optim import AdamW  # noqa: E402
-from vblora.training import causal, commands  # noqa: E402
-from vblora.training.selection_log import SelectionLog  # noqa: E402
-from vblora.training.trainer import AdapterTrainer, KeepBest  # noqa: E402
+from vblora.trainer import AdapterTrainer, KeepBest  # noqa: E402
+from vblora_experiments import causal, commands  # noqa: E402
+from vblora_experiments.selection_log import SelectionLog  # noqa: E402
 
 GOAL = 0.05
 TRAINING, EVALUATION = "training: forward", "evaluation: forward"

@@ -17,11 +17,11 @@ import torch
 from turns import report
 
 from vblora.bank import at_most_one
-from vblora.counting import LayerShape, count_lora, sub_vectors
-from vblora.files import read_json
+from vblora.files import packed
+from vblora.io import read_json
 from vblora.methods import VBLoRAConfig
-from vblora.storage import packed
-from vblora.training import commands
+from vblora.shapes import LayerShape, count_lora, sub_vectors
+from vblora_experiments import commands
 
 R, H, B, K, LORA_R = 4, 2048, 256, 2, 64
 STATE = 16  # bytes of a trained number in float32: itself, its gradient, two moments

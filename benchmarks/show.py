@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vblora.files import read_json
-from vblora.training import commands
+from vblora.io import read_json
+from vblora_experiments import commands
 
 
 def main(arguments: list[str]) -> None:

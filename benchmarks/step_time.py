@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaFo
 from turns import medians, parser, ratios, report, require_positive, take_turns
 
 import vblora
-from vblora.training import commands
+from vblora_experiments import commands
 
 LORA, HERE, PEFT, FLOOR = "LoRA in PEFT", "VB-LoRA here", "VB-LoRA in PEFT", "floor"
 ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]

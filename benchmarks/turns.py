@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from vblora.files import write_json
-from vblora.training.records import environment
+from vblora.io import write_json
+from vblora_experiments.records import environment
 
 Seconds = dict[str, list[float]]  # of each way, round by round
 

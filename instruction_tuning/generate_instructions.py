@@ -14,8 +14,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from vblora.files import replacing
-from vblora.training import commands
+from vblora.io import replacing
+from vblora_experiments import commands
 
 NOUNS = """
 apple river candle window garden silver planet basket winter pocket bridge market forest ladder mirror orange paper

@@ -18,13 +18,15 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import math
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vblora.files import replacing
+from vblora.io import replacing
+from vblora_experiments import progress
 
 # FastChat's sampling temperatures; 0 is greedy.
 TEMPERATURES = {
@@ -235,7 +237,7 @@ def read_answers(path: Path) -> list[Answer]:
             answer_id=str(row.get("answer_id", "")),
             model_id=_take(row, "model_id", str, where),
             turns=_texts(choices[0], "turns", where),
-            tstamp=row.get("tstamp", 0.0),
+            tstamp=_number({"tstamp": 0.0, **row}, "tstamp", where),
         )
         if any(other.model_id != answer.model_id for other in answers.values()):
             raise ValueError(f"{where}: the file holds answers of several models, {answer.model_id} among them")
@@ -243,17 +245,19 @@ def read_answers(path: Path) -> list[Answer]:
     return list(answers.values())
 
 
-def read_judgments(path: Path) -> list[Judgment]:
+def read_judgments(path: Path, unfinished: bool = False) -> list[Judgment]:
     """The single-answer judgments in a file, in its order.
+
+    Args:
+        path: the file.
+        unfinished: leave out what stands after the last line end: another process may be writing it.
 
     Raises:
         ValueError: a line that is none, by file and line.
     """
     judgments = []
-    for where, row in read_lines(path):
-        judge, score = _texts(row, "judge", where), row.get("score")
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise ValueError(f"{where}: score must be a number, not {score!r}")
+    for where, row in read_lines(path, unfinished):
+        judge = _texts(row, "judge", where)
         if (turn := _take(row, "turn", int, where)) not in (1, 2) or not judge:
             raise ValueError(f"{where}: turn must be 1 or 2, and judge name the judge; not {turn} and {judge}")
         judgments.append(
@@ -263,9 +267,9 @@ def read_judgments(path: Path) -> list[Judgment]:
                 judge=judge,
                 user_prompt=_take(row, "user_prompt", str, where),
                 judgment=_take(row, "judgment", str, where),
-                score=score,
+                score=_number(row, "score", where),
                 turn=turn,
-                tstamp=row.get("tstamp", 0.0),
+                tstamp=_number({"tstamp": 0.0, **row}, "tstamp", where),
             )
         )
     return judgments
@@ -274,12 +278,13 @@ def read_judgments(path: Path) -> list[Judgment]:
 # ----------------------------------------------------------------------------------------------- JSON lines
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_lines(path: Path, unfinished: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects in a file of JSON lines, each with its place for messages; empty lines are skipped."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     # Not splitlines(): a text may hold other line ends than \n, and JSON need not escape them.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1] if unfinished else lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -295,8 +300,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add a line to a file, which is made if missing. In ASCII, as FastChat names no encoding when it reads."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write((json.dumps(row) + "\n").encode("ascii"))
+    progress.append(path, (json.dumps(row) + "\n").encode("ascii"))
 
 
 def mend_end(path: Path) -> None:
@@ -307,7 +311,7 @@ def mend_end(path: Path) -> None:
         return
     try:
         json.loads(tail)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = whole + b"\n" if whole else b""
     else:
         content += b"\n"  # whole, but written without a line end
@@ -324,9 +328,27 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def _take(row: dict[str, Any], name: str, kind: type, where: str) -> Any:
     value = row.get(name)
     if not isinstance(value, kind) or isinstance(value, bool):
-        found = f"not {str(value)[:40]!r}" if name in row else "and is missing"
-        raise ValueError(f"{where}: {name} must be {kind.__name__}, {found}")
+        raise ValueError(f"{where}: {name} must be {kind.__name__}, {_found(row, name)}")
     return value
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> float:
+    """A number that can be reckoned with: JSON, as Python reads it, has NaN, Infinity and integers of any size."""
+    value = row.get(name)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return value
+    except OverflowError:
+        pass
+    raise ValueError(f"{where}: {name} must be a number, {_found(row, name)}")
+
+
+def _found(row: dict[str, Any], name: str) -> str:
+    """What stands there, for messages. A list is not shown: it may be nested deeper than Python can print."""
+    if name not in row:
+        return "and is missing"
+    value = row[name]
+    return f"not a {type(value).__name__}" if isinstance(value, list | dict) else f"not {str(value)[:40]!r}"
 
 
 def _texts(row: dict[str, Any], name: str, where: str) -> list[str]:

@@ -27,11 +27,12 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mt_bench import Answer, Bench, Question, answers_file, append_line, mend_end, read_answers, write_lines
-from vblora.files import read_json, write_json
-from vblora.training import causal, commands, records
-from vblora.training.instruction_data import FORMS, WITHOUT_INPUT
-from vblora.training.sampling import spaced
-from vblora.training.tuned import Tuned
+from vblora import models
+from vblora.io import read_json, write_json
+from vblora.models import Tuned
+from vblora.sampling import spaced
+from vblora_experiments import commands, progress, records
+from vblora_experiments.instruction_data import FORMS, WITHOUT_INPUT
 
 TEMPLATES = ("auto", "chat", "alpaca")
 INSTRUCTION = "### Instruction:"
@@ -49,24 +50,18 @@ def main(arguments: list[str]) -> Path:
     )
     bench = Bench.of(options.bench_dir)
     questions = chosen(bench.questions(), options.questions, options.max_questions)
-    tokenizer = causal.load_tokenizer(tuned.base)
+    tokenizer = models.load_tokenizer(tuned.base)
     template = template_for(tokenizer, options.template, tuned.plan is not None)
     own = {"template": template, "max_new_tokens": options.max_new_tokens, "seed": options.seed}
     target = answers_file(options.output, options.model_id)
-    done = begin(target, {**tuned.settings(), **own, "questions": bench.fingerprint()})
-    if missing := [question for question in questions if question.question_id not in done]:
-        print(f"{target}: {len(missing)} questions to answer, in the {template} template")
-        model = tuned.load()
-        for number, question in enumerate(missing, 1):
-            began = time.monotonic()
-            turns = answer(model, tokenizer, question, template, options.max_new_tokens, options.seed)
-            row = Answer(question.question_id, uuid.uuid4().hex, options.model_id, turns, time.time())
-            append_line(partial_file(target), row.to_row())
-            done[question.question_id] = row
-            seconds = time.monotonic() - began
-            print(f"{number}/{len(missing)}: question {question.question_id}, {seconds:.1f} s", flush=True)
-    write_lines(target, [done[number].to_row() for number in sorted(done)])
-    partial_file(target).unlink(missing_ok=True)
+    settings = {**tuned.settings(), **own, "questions": bench.fingerprint()}
+    with progress.alone(target):
+        done = begin(target, settings)
+        if missing := [question for question in questions if question.question_id not in done]:
+            print(f"{target}: {len(missing)} questions to answer, in the {template} template")
+            answer_all(tuned.load(), tokenizer, missing, settings, options.model_id, target, done)
+        write_lines(target, [done[number].to_row() for number in sorted(done)])
+        partial_file(target).unlink(missing_ok=True)
     empty = sum(not turn for row in done.values() for turn in row.turns)
     print(f"{target}: {len(done)} questions answered, {empty} of the {2 * len(done)} turns empty")
     return target
@@ -87,7 +82,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--template", choices=TEMPLATES, default="auto", help="auto: as said above")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of a turn at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
+    parser.add_argument("--bits", type=int, choices=models.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or auto: as it is kept")
     parser.add_argument("--questions", type=int, nargs="+", metavar="ID", help="answer these only")
     parser.add_argument(
@@ -98,7 +93,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, not {value}")
     if options.dtype not in (None, "auto"):
-        causal.torch_dtype(options.dtype)
+        models.torch_dtype(options.dtype)
     return options
 
 
@@ -147,6 +142,26 @@ def template_for(tokenizer: Any, wanted: str, is_run: bool) -> str:
     if wanted == "chat" and not has_own:
         raise ValueError("--template chat: the tokenizer has no chat template; use --template alpaca")
     return ("chat" if has_own and not is_run else "alpaca") if wanted == "auto" else wanted
+
+
+def answer_all(
+    model: Any,
+    tokenizer: Any,
+    questions: list[Question],
+    settings: dict[str, Any],
+    model_id: str,
+    target: Path,
+    done: dict[int, Answer],
+) -> None:
+    """Answer these questions with a run's settings, and keep each answer as it comes."""
+    for number, question in enumerate(questions, 1):
+        began = time.monotonic()
+        turns = answer(model, tokenizer, question, settings["template"], settings["max_new_tokens"], settings["seed"])
+        row = Answer(question.question_id, uuid.uuid4().hex, model_id, turns, time.time())
+        append_line(partial_file(target), row.to_row())
+        done[question.question_id] = row
+        seconds = time.monotonic() - began
+        print(f"{number}/{len(questions)}: question {question.question_id}, {seconds:.1f} s", flush=True)
 
 
 def answer(model: Any, tokenizer: Any, question: Question, template: str, max_new_tokens: int, seed: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mt_bench import CATEGORIES, KNOWN_WRONG, UNRATED, Bench, Judgment, read_judgments
-from vblora.training import commands, tables
+from vblora_experiments import commands, tables
 
 TURNS = {"1": (1,), "2": (2,), "both": (1, 2)}
 HEADER = ("model", "judge", "turn", "score", "sound", "judged", "unrated", *CATEGORIES)

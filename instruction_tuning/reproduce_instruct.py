@@ -22,9 +22,10 @@ from typing import Any
 
 import instruct_paper
 from instruct_rows import METHODS, MODELS, ROWS, row
-from vblora.files import replacing
-from vblora.training import campaign, commands, records, tables
-from vblora.training.rows import check_names
+from vblora.io import replacing
+from vblora.models import RECORD_FILE
+from vblora_experiments import campaign, commands, tables
+from vblora_experiments.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("llama2_7b", "llama2_13b")
@@ -86,7 +87,7 @@ class Instructions(campaign.RowCampaign):
     def check_flags(self, command: list[str]) -> None:
         import finetune
         import run_instruct  # takes seconds, as transformers does
-        from vblora.training import instruct
+        from vblora_experiments import instruct
 
         instruct.parse(run_instruct.parse(command)[1], finetune.FOLDER)
 
@@ -116,7 +117,7 @@ class Instructions(campaign.RowCampaign):
     def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
         """The answers, so that anybody can have them judged."""
         answers = record_file.parent / "mt_bench" / "model_answer" / f"{record_file.parent.name}.jsonl"
-        if record_file.name != records.RECORD_FILE:  # collected before
+        if record_file.name != RECORD_FILE:  # collected before
             answers = record_file.parent / "answers" / f"{trial.name}.jsonl"
         kept = folder / "answers" / f"{trial.name}.jsonl"
         if answers.exists() and answers != kept:

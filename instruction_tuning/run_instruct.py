@@ -23,8 +23,8 @@ import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
 from instruct_rows import row
-from vblora.training import commands, instruct, plans, records
-from vblora.training.instruct import Run
+from vblora_experiments import commands, instruct, plans, records
+from vblora_experiments.instruct import Run
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def judging(out: Path, own: argparse.Namespace) -> list[str]:
 def judge(out: Path, own: argparse.Namespace, bench: mt_bench.Bench) -> dict[str, Any]:
     """Have the answers judged; the mean ratings, by turn."""
     judgments = mt_bench.read_judgments(mt_bench_judge.main(judging(out, own)))
+    answers = mt_bench.read_answers(answers_of(out))
     scores: dict[str, Any] = {}
     for turn in (1, 2):
         members = [j for j in judgments if j.turn == turn]
@@ -110,6 +111,8 @@ def judge(out: Path, own: argparse.Namespace, bench: mt_bench.Bench) -> dict[str
         scores[f"turn{turn}"] = mt_bench_report.mean(members)
         scores[f"turn{turn}_sound"] = mt_bench_report.mean(sound)
         scores[f"turn{turn}_unrated"] = sum(j.score == mt_bench.UNRATED for j in members)
+        asked = {answer.question_id for answer in answers if len(answer.turns) >= turn}
+        scores[f"turn{turn}_missing"] = len(asked - {j.question_id for j in members})  # their prompts were refused
     categories = {number: question.category for number, question in bench.questions().items()}
     for category in mt_bench.CATEGORIES:
         first = [j for j in judgments if j.turn == 1 and categories[j.question_id] == category]

@@ -71,7 +71,7 @@ def extract(text: str, kind: str) -> str | None:
 def is_correct(text: str, reference: str, kind: str) -> bool:
     """Whether the scripts count an output as right.
 
-    Of MATH's answers some take SymPy for ever, as they did in the scripts: see judge_workers for a time limit.
+    Of MATH's answers some take SymPy for ever, as they did in the scripts: see judge_workers for limits.
 
     Raises:
         ValueError: a GSM8K reference that is no number.
@@ -235,10 +235,14 @@ def _same_value(answer: str, reference: str) -> bool:
     try:
         if simplify(left - right) == 0:
             return True
+    except MemoryError:
+        raise
     except Exception:
         pass
     try:
         return math.isclose(_value(left), _value(right), rel_tol=CLOSE_EXPRESSIONS)
+    except MemoryError:
+        raise
     except Exception:
         return False
 
@@ -249,6 +253,8 @@ def _read(text: str) -> Any:
 
     try:
         return parse_expr(text) if _harmless(text) else text
+    except MemoryError:  # here and below: the scripts' machine may have had it
+        raise
     except Exception:
         return text
 

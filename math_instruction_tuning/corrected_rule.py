@@ -1,13 +1,15 @@
 r"""Right or wrong by what the answer is worth: exactly, and with no factor of 100.
 
-The final answer of an output is the first of these that is there:
+The final answer of an output is what it ends with, of these:
 
-    "The answer is" (the last one, in any case, with or without "final" and a colon) and what follows on its line,
-        or the \boxed{} in what follows
-    "#### " (the last one) and what follows on its line
+    "The answer is" (in any case, with or without "final" and a colon) and what follows on its line, up to the end of
+        the sentence, or the \boxed{} in what follows
+    "#### " and what follows on its line
     the last \boxed{} or \fbox{}
 
-and where none is, or for GSM8K no number is in it, the output is unparsed, thus wrong.
+The one that stands last counts, for GSM8K the last one with a number in it, and where there is none the output is
+unparsed, thus wrong. Thoughts (<think>...</think>) do not count. Neither does what follows where an output runs on into
+a new instruction ("### Instruction:", "Question:", a chat template's marks), unless no answer stands before that.
 
 GSM8K's answers are compared as exact fractions (see ``number``). MATH's are compared as texts without what only
 changes their looks (see ``plain``), then by math-verify, which reads LaTeX into SymPy. math-verify takes 50% for 50 and
@@ -19,14 +21,35 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
 import math_references
 
-MARKER = re.compile(r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?", re.IGNORECASE)
+MARKER = re.compile(
+    r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?"
+    # but not where a text looks back at its answer
+    r"(?!\s*(?:indeed\s+|thus\s+)?(?:correct|incorrect|right|wrong|reasonable|clear|verified|consistent|unique)\b)",
+    re.IGNORECASE,
+)
+RUNS_ON = re.compile(
+    r"^[ \t]*\#{2,}\s*(?i:instruction|input|response|question|problem|exercise|example)\b"
+    r"|^[ \t]*(?:\*\*)?(?:Instruction|Response|Question|Problem|Q|Human|User)(?:\*\*)?\s*:"
+    r"|Below is an instruction that describes a task"
+    r"|<\|[^|<>\n]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>",
+    re.MULTILINE,
+)
+_NAMES = r"(?:seed:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
+_THOUGHT = re.compile(
+    rf"(?P<open><{_NAMES}(?:\s[^<>]*)?>|\[think\]|◁think▷|<\|begin_of_thought\|>)"
+    rf"|</{_NAMES}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
+_CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|(?=<\|channel\|>)|\Z)", re.DOTALL)
 NO_ANSWER = "no answer"
+LONGEST_ANSWER = 5000  # characters
 LONGEST_NUMBER, LARGEST_EXPONENT = 1000, 1000  # beyond, a number in an output is a slip, and costs memory
 
 
@@ -38,34 +61,75 @@ class Answer(NamedTuple):
 
 
 def extract(text: str, kind: str) -> Answer:
-    """The final answer in an output; for "gsm8k" the first place with a number in it counts."""
-    for answer in _candidates(text):
-        if answer.text and (kind == "math" or number(answer.text) is not None):
-            return answer
+    """The final answer in an output; for "gsm8k" the last place with a number in it counts."""
+    for part in RUNS_ON.split(without_thoughts(text)):
+        answers = [answer for answer in _candidates(part) if answer.text]
+        if kind == "math":  # "The answer is positive, because ..." looks back, where there is another answer
+            answers = [answer for answer in answers if not _is_prose(answer)] or answers
+        else:
+            answers = [answer for answer in answers if number(str(answer.text)) is not None]
+        if answers:
+            return answers[0]
     return Answer(None, NO_ANSWER)
 
 
-def _candidates(text: str) -> list[Answer]:
-    candidates = []
-    if markers := list(MARKER.finditer(text)):
-        rest = text[markers[-1].end() :]
-        candidates.append(Answer(math_references.last_box(rest) or _first_line(rest), "marker"))
-    if "####" in text:
-        candidates.append(Answer(_first_line(text.rpartition("####")[2]), "####"))
-    candidates.append(Answer(math_references.last_box(text), "box"))
-    return candidates
+def _is_prose(answer: Answer) -> bool:
+    return (
+        answer.place == "marker" and len(str(answer.text).split()) > 4 and not re.search(r"[\d\\$]", str(answer.text))
+    )
+
+
+def without_thoughts(text: str) -> str:
+    """A model's text without what it thought aloud, in the forms that models have for that.
+
+    The opening mark may be missing, as chat templates give it with the prompt: then all before the closing one goes.
+    Thoughts that were cut off go to the end, where their mark begins a line; elsewhere it is a word of the text.
+    """
+    text = _CHANNEL.sub("", text)
+    kept: list[str] = []
+    start, opened = 0, None
+    for mark in _THOUGHT.finditer(text):
+        if mark["open"]:
+            opened = mark if opened is None else opened
+            continue
+        kept = [*kept, text[start : opened.start()]] if opened else []
+        start, opened = mark.end(), None
+    begins_line = opened is not None and not text[start : opened.start()].rpartition("\n")[2].strip()
+    kept.append(text[start : opened.start()] if opened and begins_line else text[start:])
+    return "".join(kept)
+
+
+def _candidates(text: str) -> Iterator[Answer]:
+    """All that may be the answer, the last one first."""
+    markers = [found.span() for found in MARKER.finditer(text)]
+    places = [(*span, "marker") for span in markers] + [(*found.span(), "####") for found in re.finditer("####", text)]
+    box = math_references.find_last_box(text)
+    if box is not None:
+        places.append((box[0], box[0], "box"))
+    for start, end, place in sorted(places, reverse=True):
+        if box is not None and place == "box":
+            yield Answer(box[1], "marker" if markers and markers[0][0] < start else "box")
+        else:
+            yield Answer(_first_line(text[end : end + LONGEST_ANSWER]), place)
 
 
 def _first_line(text: str) -> str:
-    r"""The first line with something in it, and the next ones as long as a \begin or a brace is open in it."""
+    r"""The first sentence of the first line with something in it; more lines as long as a \begin or a brace is open."""
     taken = ""
     for line in text.strip().splitlines():
         taken = f"{taken} {line.strip()}".strip()
         opened = taken.count("\\begin{") - taken.count("\\end{")
-        braces = len(re.findall(r"(?<!\\)\{", taken)) - len(re.findall(r"(?<!\\)\}", taken))
-        if opened <= 0 and braces <= 0 and taken not in ("$$", "\\[", "**"):
+        if opened <= 0 and _open_braces(taken) <= 0 and taken not in ("$$", "\\[", "**"):
             break
+    for end in re.finditer(r"(?<=[\w$)}\]%*])[.!?]\**\s+(?=[A-Z])", taken):
+        sentence = taken[: end.start()]
+        if _open_braces(sentence) <= 0 and len(re.findall(r"(?<!\\)\$", sentence)) % 2 == 0:
+            return _bare(sentence)
     return _bare(taken)
+
+
+def _open_braces(text: str) -> int:
+    return len(re.findall(r"(?<!\\)\{", text)) - len(re.findall(r"(?<!\\)\}", text))
 
 
 def _bare(text: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from math_rows import row
-from vblora.training import commands, instruct
+from vblora_experiments import commands, instruct
 
 FOLDER = instruct.Folder(
     name="finetune_math.py",

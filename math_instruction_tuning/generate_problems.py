@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from vblora.files import replacing
-from vblora.training import commands
+from vblora.io import replacing
+from vblora_experiments import commands
 
 NAMES = ("Amara", "Ben", "Chloe", "Diego", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Keiko", "Liam")
 THINGS = ("apples", "books", "candles", "marbles", "pencils", "postcards", "stamps", "tickets")

@@ -1,9 +1,13 @@
-"""Judge pairs of MATH answers in worker processes, each pair within a time limit.
+"""Judge pairs of MATH answers in worker processes, each pair within a limit of time and one of memory.
 
 Both rules hand answers to SymPy, which takes some of them for minutes and never comes back from others. The alarm
 signal that math-verify sets against that works in a main thread on Unix only, and not inside a long computation in C;
 ending a process always works. Each worker is this file run as a script: it reads one JSON list [rule, answer,
 reference] per line and answers each with one line. A worker that is ended, or dies, is replaced by a new one.
+
+An answer such as [0]*8*10**8 is an expression that takes gigabytes. A worker can have MEMORY_LIMIT beyond what it began
+with, where the system can be told so (Linux); nor can it write a file. What memory is short for is judged once more in
+a new worker, since pairs before it may have left things in the old one, and then counts as wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ from typing import NamedTuple
 
 TIME_LIMIT = 10.0  # seconds for a pair
 START_LIMIT = 120.0  # seconds for a worker to import SymPy and math-verify
+MEMORY_LIMIT = 2**30  # bytes for a pair, beyond those of the imports
 TIMED_OUT = "timed out"
+OUT_OF_MEMORY = f"needed more than {MEMORY_LIMIT // 2**20} MiB of memory"
+DIED = "the worker process died"
 
 
 class Pair(NamedTuple):
@@ -79,14 +86,22 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def judge(self, pair: Pair, time_limit: float) -> Verdict:
+        used = self._process is not None
+        verdict = self._judged(pair, time_limit)
+        if used and verdict.problem in (OUT_OF_MEMORY, DIED):
+            return self._judged(pair, time_limit)
+        return verdict
+
+    def _judged(self, pair: Pair, time_limit: float) -> Verdict:
         if self._process is None:
             self._process = self._start()
         reply, timed_out = self._ask(self._process, json.dumps(pair), time_limit)
-        if not reply or timed_out:
-            self.end()
+        verdict = Verdict(False, TIMED_OUT if timed_out else DIED)
         if reply:
-            return Verdict(*json.loads(reply))
-        return Verdict(False, TIMED_OUT if timed_out else "the worker process died")
+            verdict = Verdict(*json.loads(reply))
+        if not reply or timed_out or verdict.problem == OUT_OF_MEMORY:
+            self.end()
+        return verdict
 
     def end(self) -> None:
         if self._process is not None:
@@ -142,12 +157,31 @@ def _serve() -> None:
     logging.disable()
     warnings.simplefilter("ignore")
 
-    import math_verify  # noqa: F401  here, so that no pair's time goes into it
+    import math_verify  # noqa: F401  here, so that no pair's time or memory goes into it
 
+    import authors_rule
+    import corrected_rule  # noqa: F401
+
+    authors_rule.equal("x", "y")  # imports what SymPy leaves for later
+    _limit()
     for line in open(sys.stdin.fileno(), encoding="utf-8"):  # noqa: SIM115
         pair = json.loads(line)
         replies.write(json.dumps(None if pair is None else _verdict(Pair(*pair))) + "\n")
         replies.flush()
+
+
+def _limit() -> None:
+    """Bound what this process can take from here on; what a system does not know of stays unbounded."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + MEMORY_LIMIT
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        pass
 
 
 def _verdict(pair: Pair) -> Verdict:
@@ -157,6 +191,8 @@ def _verdict(pair: Pair) -> Verdict:
     judges = {"authors": authors_rule.same_math, "corrected": corrected_rule.is_same_math}
     try:
         return Verdict(judges[pair.rule](pair.answer, pair.reference))
+    except MemoryError:
+        return Verdict(False, OUT_OF_MEMORY)
     except Exception as error:  # whatever SymPy makes of an odd text, the other pairs go on
         return Verdict(False, f"{type(error).__name__}: {error}"[:200])
 

@@ -99,38 +99,48 @@ def last_box(text: str) -> str | None:
     Braces are counted, escaped ones (\{ and \}) left out. Without braces, as in "\boxed 2", it is the next character
     or command, as in LaTeX. A box that is never closed, as in a text cut short, is passed over.
     """
-    for found in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))):
+    found = find_last_box(text)
+    return None if found is None else found[1]
+
+
+def find_last_box(text: str) -> tuple[int, str] | None:
+    """Where the last whole box begins, and what stands in it, as ``last_box`` says."""
+    boxes = list(re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text))
+    ends = _closing_braces(text) if boxes else {}
+    for found in reversed(boxes):
         if text.startswith("{", found.end()):
-            inside = _braced(text, found.end())
+            inside = text[found.end() + 1 : ends[found.end()]] if found.end() in ends else None
         else:
             single = re.compile(r"\\[A-Za-z]+|[^\s}$\\]").match(text, found.end())
             inside = single.group() if single else None
         if inside is not None:
-            return inside.strip()
+            return found.start(), inside.strip()
     return None
 
 
-def _braced(text: str, start: int) -> str | None:
-    depth = 0
-    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0 and found.group() == "}":
-            return text[start + 1 : found.start()]
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """For the place of each brace that is closed, where."""
+    ends, opened = {}, []
+    for found in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text):
+        if found.group() == "{":
+            opened.append(found.start())
+        elif found.group() == "}" and opened:
+            ends[opened.pop()] = found.start()
+    return ends
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
 def _from_hub(name: str) -> Iterator[tuple[str, Any]]:
-    from vblora.training import commands  # here, so that a worker process that judges pairs does without torch
+    from vblora.hub import from_hub
 
     for part in HUB[name][1]:
-        rows = commands.from_hub(functools.partial(_load_part, name, part), name, "a .jsonl file of the set")
+        rows = from_hub(functools.partial(_load_part, name, part), name, "a .jsonl file of the set")
         yield from ((f"{name} ({part}), row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -159,6 +169,9 @@ def _problem(row: Any, kind: str, number: int, where: str) -> Problem:
     if not reference:
         lacking = 'a last line "#### " and a number' if kind == "gsm8k" else "a \\boxed{} with something in it"
         raise ValueError(f"{where}: {form[1]} has no reference answer: it lacks {lacking}")
+    for key in ("level", "type"):
+        if isinstance(row.get(key), list | dict):
+            raise ValueError(f"{where}: {key} must be a text")
     level, subject = (str(row.get(key) or "") for key in ("level", "type"))
     return Problem(number, question, reference, kind, level, subject)
 

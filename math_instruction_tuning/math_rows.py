@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vblora.training.rows import Model, Rows
+from vblora_experiments.rows import Model, Rows
 
 COMMON: dict[str, Any] = {
     "data": "meta-math/MetaMathQA",

@@ -23,9 +23,10 @@ from typing import Any
 
 import math_paper
 from math_rows import METHODS, MODELS, ROWS, row
-from vblora.files import replacing
-from vblora.training import campaign, commands, records, tables
-from vblora.training.rows import check_names
+from vblora.io import replacing
+from vblora.models import RECORD_FILE
+from vblora_experiments import campaign, commands, tables
+from vblora_experiments.rows import check_names
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("mistral_7b", "gemma_7b")
@@ -91,7 +92,7 @@ class Mathematics(campaign.RowCampaign):
     def check_flags(self, command: list[str]) -> None:
         import finetune_math
         import run_math  # takes seconds, as transformers does
-        from vblora.training import instruct
+        from vblora_experiments import instruct
 
         own, rest = run_math.parse(command)
         instruct.parse(rest, finetune_math.FOLDER)
@@ -116,7 +117,7 @@ class Mathematics(campaign.RowCampaign):
         """The answers, so that anybody can score them again."""
         for name in math_paper.SETS:
             answers = record_file.parent / f"{name}.jsonl"
-            if record_file.name != records.RECORD_FILE:  # collected before
+            if record_file.name != RECORD_FILE:  # collected before
                 answers = record_file.parent / "answers" / f"{trial.name}_{name}.jsonl"
             kept = folder / "answers" / f"{trial.name}_{name}.jsonl"
             if answers.exists() and answers != kept:

@@ -22,9 +22,9 @@ import math_references
 import math_scores
 import solve
 from math_rows import row
-from vblora.training import commands, instruct, plans, records
-from vblora.training.instruct import Run
-from vblora.training.sampling import spaced
+from vblora.sampling import spaced
+from vblora_experiments import commands, instruct, plans, records
+from vblora_experiments.instruct import Run
 
 SETS = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math"}
 NONE = "none"

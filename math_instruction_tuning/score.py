@@ -26,7 +26,7 @@ from typing import Any
 import judge_workers
 import math_references
 from math_scores import read_outputs, score
-from vblora.training import commands
+from vblora_experiments import commands
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -55,13 +55,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
     listed = result.pop("listed")
     print_table(result)
     if chosen.list is not None:
-        from vblora.files import replacing  # imports torch
+        from vblora.io import replacing  # imports torch
 
         with replacing(chosen.list) as temporary:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in listed)
+            lines = (json.dumps(row) + "\n" for row in listed)
             temporary.write_text("".join(lines), encoding="utf-8")
     if chosen.json is not None:
-        from vblora.files import write_json
+        from vblora.io import write_json
 
         write_json(chosen.json, result)
     return result

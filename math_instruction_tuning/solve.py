@@ -32,15 +32,14 @@ import torch
 
 import math_references
 from math_references import Problem
-from vblora.files import read_json, replacing, write_json
-from vblora.storage import CONFIG_FILE
-from vblora.training import causal, commands, records
-from vblora.training.exporting import write_exported
-from vblora.training.instruction_data import WITHOUT_INPUT
-from vblora.training.merging import write_merged
-from vblora.training.progress import Progress
-from vblora.training.sampling import spaced
-from vblora.training.tuned import Tuned
+from vblora import models
+from vblora.files.directory import CONFIG_FILE
+from vblora.io import read_json, replacing, write_json
+from vblora.models import Tuned, write_exported, write_merged
+from vblora.sampling import spaced
+from vblora_experiments import commands, records
+from vblora_experiments.instruction_data import WITHOUT_INPUT
+from vblora_experiments.progress import Progress
 
 PROMPT = WITHOUT_INPUT + " Let's think step by step."
 STOP = "### Instruction:"
@@ -97,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--as_lora", action="store_true", help="give vLLM the adapter as LoRA instead of merging it")
     parser.add_argument("--adapter", type=Path, help="an adapter's folder, this project's or PEFT's, or a packed file")
     parser.add_argument("--model_name_or_path", help="a run's base model; as in training unless given")
-    parser.add_argument("--bits", type=int, choices=causal.BITS, help="of the base model's weights; the run's, or 16")
+    parser.add_argument("--bits", type=int, choices=models.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or as it is kept")
     parser.add_argument("--max_samples", type=int, metavar="N", help="answer N problems, evenly spaced over the set")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
@@ -165,7 +164,7 @@ class TransformersEngine:
 
     def __init__(self, tuned: Tuned, max_new_tokens: int, batch_size: int) -> None:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
-        self.model, self.tokenizer = tuned.load(), causal.load_tokenizer(tuned.base)
+        self.model, self.tokenizer = tuned.load(), models.load_tokenizer(tuned.base)
         self.tokenizer.padding_side = "left"
 
     def texts(self, prompts: list[list[int]]) -> list[str]:
@@ -195,7 +194,7 @@ class VllmEngine:
     def __init__(self, folder: str, dtype: str, max_new_tokens: int, lora: Path | None = None) -> None:
         from vllm import LLM, SamplingParams
 
-        self.tokenizer = causal.load_tokenizer(folder)
+        self.tokenizer = models.load_tokenizer(folder)
         # Compiling pays on a GPU; on a CPU it takes minutes.
         settings: dict[str, Any] = {"generation_config": "vllm", "enforce_eager": not torch.cuda.is_available()}
         self.given: dict[str, Any] = {}

@@ -42,7 +42,7 @@ PYTHON
 fi
 # -I: the egg-info that an installation into .venv leaves in this folder is not one into $venv.
 if ! "$python" -I -c 'from importlib.metadata import entry_points as e; exit("vblora_resolver" not in e(group="vllm.general_plugins").names)'; then
-    pip --no-deps --no-build-isolation -e .
+    pip --no-deps -e .
 fi
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

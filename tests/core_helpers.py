@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import vblora
-from vblora.storage import peft_format
+from vblora.files import peft_format
 
 METHODS = ("vblora", "tied_lora", "lora_xs")
 # Linear layers by model: what one would adapt in each.

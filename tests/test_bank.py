@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vblora.bank import Layout, compose, compose_dense, select
-from vblora.counting import LayerShape
+from vblora.shapes import LayerShape
 
 SETTINGS = [(1, 8, 4, 5), (2, 8, 4, 30), (3, 300, 16, 7), (6, 6, 1, 9), (2, 2048, 32, 50), (1, 1, 3, 2)]
 

@@ -13,7 +13,7 @@ from core_helpers import Stack
 from language_helpers import save_tiny_llama
 
 import vblora
-from vblora.files import read_json
+from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves

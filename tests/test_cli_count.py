@@ -7,8 +7,9 @@ import re
 
 import pytest
 
-from vblora.cli import WIDTH, main
-from vblora.paper_counts import METHOD_NAMES, MODELS, ROWS, compare
+from vblora.cli import main
+from vblora_experiments.count_command import WIDTH
+from vblora_experiments.paper_counts import METHOD_NAMES, MODELS, ROWS, compare
 
 
 def run(capsys, *argv: str) -> str:

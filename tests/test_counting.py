@@ -12,9 +12,17 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from vblora import counting
-from vblora.counting import LayerShape, sub_vectors
-from vblora.paper_counts import METHOD_NAMES, MODELS, ROWS, TABLE_TITLES, compare, select_rows, ways_to_print
+from vblora import shapes as counts
+from vblora.shapes import LayerShape, sub_vectors
+from vblora_experiments.paper_counts import (
+    METHOD_NAMES,
+    MODELS,
+    ROWS,
+    TABLE_TITLES,
+    compare,
+    select_rows,
+    ways_to_print,
+)
 
 BLOCK = [LayerShape("model.layers.0.up", 12, 20), LayerShape("model.layers.1.up", 12, 20)]
 
@@ -40,7 +48,7 @@ def test_sub_vectors_where_the_length_divides_and_where_it_does_not(vector_lengt
 @pytest.mark.parametrize("topk", [1, 2, 3, 6])
 def test_vblora_for_any_topk(topk):
     selections = 2 * 3 * (3 + 5)
-    count = counting.count_vblora(BLOCK, r=3, num_vectors=300, vector_length=4, topk=topk)
+    count = counts.count_vblora(BLOCK, r=3, num_vectors=300, vector_length=4, topk=topk)
     weights = 300 * 4 + selections * (topk - 1)
     assert count.parameters == weights + selections * topk / 4
     assert count.with_index_bytes == weights + selections * topk / 2
@@ -50,7 +58,7 @@ def test_vblora_for_any_topk(topk):
 
 def test_a_part_of_a_parameter_counts_as_one():
     # One layer of one sub-vector each way and topk 1: two one-byte indices, half a float32.
-    count = counting.count_vblora([LayerShape("up", 4, 4)], r=1, num_vectors=8, vector_length=4, topk=1)
+    count = counts.count_vblora([LayerShape("up", 4, 4)], r=1, num_vectors=8, vector_length=4, topk=1)
     assert count.parameters == 8 * 4 + 1
     assert count.bytes == 8 * 4 * 4 + 2
 
@@ -60,8 +68,8 @@ def test_a_part_of_a_parameter_counts_as_one():
     [(1, 1, 1), (255, 1, 1), (256, 1, 2), (257, 2, 2), (2**15 - 1, 2, 2), (2**15, 2, 4), (2**16 + 1, 4, 4)],
 )
 def test_bytes_of_an_index(num_vectors, smallest, peft):
-    assert counting.index_bytes(num_vectors) == smallest
-    assert counting.peft_index_bytes(num_vectors) == peft
+    assert counts.index_bytes(num_vectors) == smallest
+    assert counts.peft_index_bytes(num_vectors) == peft
 
 
 @pytest.mark.parametrize(("num_vectors", "topk"), [(255, 2), (256, 2), (300, 3), (40, 1)])
@@ -79,7 +87,7 @@ def test_bytes_are_those_of_the_tensors_peft_saves(num_vectors, topk):
     adapted = peft.get_peft_model(model, config)
     saved = peft.get_peft_model_state_dict(adapted)
     shapes = [LayerShape("0", 16, 32), LayerShape("1", 32, 8)]
-    count = counting.count_vblora(shapes, r=2, num_vectors=num_vectors, vector_length=8, topk=topk)
+    count = counts.count_vblora(shapes, r=2, num_vectors=num_vectors, vector_length=8, topk=topk)
     assert count.bytes == sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
     assert count.bytes // 4 == adapted.base_model.get_nb_savable_parameters()[0]
 
@@ -94,19 +102,19 @@ def test_bytes_are_those_of_the_tensors_peft_saves(num_vectors, topk):
     ],
 )
 def test_baselines_on_two_small_layers(method, expected):
-    assert counting.METHODS[method](BLOCK, r=3) == (expected, expected, expected, 4 * expected)
+    assert counts.METHODS[method](BLOCK, r=3) == (expected, expected, expected, 4 * expected)
 
 
 def test_tied_lora_ties_by_kind():
     query, key = LayerShape("layers.0.query", 8, 8), LayerShape("layers.0.key", 8, 8)
-    apart = counting.count_tied_lora([query, key], r=2).parameters
-    tied = counting.count_tied_lora([query, query._replace(name="layers.1.query")], r=2).parameters
+    apart = counts.count_tied_lora([query, key], r=2).parameters
+    tied = counts.count_tied_lora([query, query._replace(name="layers.1.query")], r=2).parameters
     assert apart - tied == 2 * (8 + 8)
 
 
 def test_tied_lora_refuses_one_kind_of_two_shapes():
     with pytest.raises(ValueError, match=r"layers\.0\.up \(8 -> 8\) to layers\.1\.up \(8 -> 12\)"):
-        counting.count_tied_lora([LayerShape("layers.0.up", 8, 8), LayerShape("layers.1.up", 8, 12)], r=2)
+        counts.count_tied_lora([LayerShape("layers.0.up", 8, 8), LayerShape("layers.1.up", 8, 12)], r=2)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,7 @@ def test_tied_lora_refuses_one_kind_of_two_shapes():
 )
 def test_settings_that_cannot_be(settings, message):
     with pytest.raises(ValueError, match=message):
-        counting.count_vblora(BLOCK, **{"r": 2, "num_vectors": 8, "vector_length": 4, **settings})
+        counts.count_vblora(BLOCK, **{"r": 2, "num_vectors": 8, "vector_length": 4, **settings})
 
 
 # --- The model shapes, against transformers ---------------------------------------------------------
@@ -324,9 +332,9 @@ def test_baseline_counts_agree_with_the_printed_figure(model, method, targets, s
 def test_no_whole_rank_of_tied_lora_gives_the_printed_base_all():
     printed = row("RoBERTa-base", "tied_lora", "all").printed
     shapes = MODELS["RoBERTa-base"].shapes("all")
-    counts = {r: counting.count_tied_lora(shapes, r=r).parameters for r in range(1, 17)}
-    assert not any(ways_to_print(count, printed) for count in counts.values())
-    nearest = min(counts, key=lambda r: abs(counts[r] - 109_000))
+    by_rank = {r: counts.count_tied_lora(shapes, r=r).parameters for r in range(1, 17)}
+    assert not any(ways_to_print(count, printed) for count in by_rank.values())
+    nearest = min(by_rank, key=lambda r: abs(by_rank[r] - 109_000))
     assert nearest == row("RoBERTa-base", "tied_lora", "all").settings["r"]
 
 
@@ -401,12 +409,6 @@ def test_every_row_names_known_things():
 
 
 def test_counting_needs_no_torch():
-    # The package itself imports torch, so its modules are imported here below an empty stand-in for it.
-    code = (
-        "import sys, types; package = types.ModuleType('vblora'); package.__path__ = [sys.argv[1]];"
-        "sys.modules['vblora'] = package; from vblora.cli import main; assert main(['count']) == 0;"
-        "assert 'torch' not in sys.modules"
-    )
-    folder = counting.__file__.rpartition("counting.py")[0]
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    code = "import sys; from vblora.cli import main; assert main(['count']) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

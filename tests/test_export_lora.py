@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import vblora
 from vblora import cli
-from vblora.storage import packed
-from vblora.storage.lora_format import export, write_lora
+from vblora.files import packed
+from vblora.files.lora import export, write_lora
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 SPLIT = {"split_modules": {"c_attn": ["q", "k", "v"]}}
@@ -139,7 +139,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("vblora.storage.lora_format.write_json", fail)
+    monkeypatch.setattr("vblora.files.lora.write_json", fail)
     with pytest.raises(OSError, match="no space left"):
         adapter.export_lora(tmp_path / "lora")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import vblora
 from vblora import cli
-from vblora.storage.inspect import describe, selections
+from vblora.files.describe import describe, selections
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from language_helpers import save_tiny_llama, tiny_llama
 from transformers import AutoConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 
 import vblora
-from vblora.files import read_json, read_tensors
-from vblora.training import causal, estimate, instruct
+from vblora import models
+from vblora.io import read_json, read_tensors
+from vblora_experiments import causal, estimate, instruct
 
 ROWS = {"tiny/lora": {"method": "lora", "rank": 2, "learning_rate": 1e-2}}
 
@@ -149,7 +150,7 @@ def test_a_quantised_base_on_the_cpu(bits, flags, tmp_path):
     result = instruct.main(flags(*more), folder())
     losses = [entry["loss"] for entry in result["held_out_losses"]]
     assert losses[-1] < losses[0] and result["settings"]["bits"] == int(bits)
-    model = causal.load_model(str(wide))
+    model = models.load_model(str(wide))
     assert vblora.load(model, tmp_path / "run" / "last").stored_parameters().parameters > 0
 
 

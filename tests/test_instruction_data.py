@@ -10,8 +10,8 @@ from language_helpers import byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from vblora.training import causal
-from vblora.training.instruction_data import FORMS, Limits, Row, encode, fingerprint, load_rows, with_labels
+from vblora_experiments import causal
+from vblora_experiments.instruction_data import FORMS, Limits, Row, encode, fingerprint, load_rows, with_labels
 
 ALPACA = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue"},

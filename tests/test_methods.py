@@ -8,7 +8,7 @@ from core_helpers import METHODS, adapt, build, config_for, make_batch, run
 from torch import nn
 
 import vblora
-from vblora import counting
+from vblora import shapes as counts
 from vblora.methods.lora_xs import truncated_svd
 
 
@@ -124,7 +124,7 @@ def test_stored_parameters_are_the_trained_ones(method, kind):
     adapter = adapt(build(kind), method, kind)
     trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
     assert adapter.stored_parameters().parameters == trained
-    assert adapter.stored_parameters() == counting.METHODS[method](adapter.shapes, r=2)
+    assert adapter.stored_parameters() == counts.METHODS[method](adapter.shapes, r=2)
     assert sum(t.numel() for t in adapter.tensors("full").values()) == trained
 
 
@@ -134,7 +134,7 @@ def test_stored_parameters_of_vblora_are_the_counted_ones(num_vectors, topk, b, 
 
     adapter = adapt(build("stack"), num_vectors=num_vectors, topk=topk, vector_length=b)
     count = adapter.stored_parameters()
-    assert count == counting.count_vblora(adapter.shapes, r=2, num_vectors=num_vectors, vector_length=b, topk=topk)
+    assert count == counts.count_vblora(adapter.shapes, r=2, num_vectors=num_vectors, vector_length=b, topk=topk)
     adapter.save(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors").values()
     assert sum(t.numel() * t.element_size() for t in stored) == count.bytes

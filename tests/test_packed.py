@@ -17,10 +17,10 @@ from torch import nn
 import vblora
 from vblora import cli
 from vblora.bank import at_most_one
-from vblora.counting import LayerShape
-from vblora.files import read_json, read_tensors
-from vblora.storage import coding, container, layer_names, packed, packing
-from vblora.storage.inspect import describe, render
+from vblora.files import container, convert, encoding, layer_names, packed
+from vblora.files.describe import describe, render
+from vblora.io import read_json, read_tensors
+from vblora.shapes import LayerShape
 
 FILE = "a.vblora.safetensors"
 SPLIT = {"target_modules": ["c_attn", "c_fc"], "split_modules": {"c_attn": ["q", "k", "v"]}}
@@ -178,7 +178,7 @@ def trained_like(width, layers, b):
 def test_the_sizes_that_are_promised(width, layers, b, tmp_path):
     content = trained_like(width, layers, b)
     packed.write(content, tmp_path / FILE)
-    packing.unpack(tmp_path / FILE, tmp_path / "dir", format="peft")
+    convert.unpack(tmp_path / FILE, tmp_path / "dir", format="peft")
     before = (tmp_path / "dir" / "adapter_model.safetensors").stat().st_size
     sizes = {
         settings: packed.write(content, tmp_path / FILE, bank=settings[0], weights=settings[1])
@@ -217,22 +217,25 @@ def test_no_setting_loses_more_than_its_rounding(bank, weights, topk, tmp_path):
 def test_rounded_weights_are_mixtures(k, bits, scale):
     logits = scale * torch.randn(500, k, generator=torch.Generator().manual_seed(k))
     weights = logits.double().softmax(-1).sort(descending=True).values
-    steps = coding.to_steps(weights[:, :-1], bits)
+    steps = encoding.to_steps(weights[:, :-1], bits)
     assert steps.min() >= 0 and steps.max() < 2**bits
-    decoded = at_most_one(coding.from_steps(steps, bits).float())
+    decoded = at_most_one(encoding.from_steps(steps, bits).float())
     assert decoded.min() >= 0 and decoded.sum(-1).max() <= 1
     whole = torch.cat([decoded, 1 - decoded.sum(-1, keepdim=True)], dim=1)
     assert (whole[:, 1:] <= whole[:, :-1] + 1e-6).all()
     assert (whole - weights).abs().max() <= (k - 1) * (1 - 1 / k) / (2**bits - 1)
-    ends = coding.from_steps(torch.full((1, k - 1), 2**bits - 1), bits), coding.from_steps(torch.zeros(1, k - 1), bits)
+    ends = (
+        encoding.from_steps(torch.full((1, k - 1), 2**bits - 1), bits),
+        encoding.from_steps(torch.zeros(1, k - 1), bits),
+    )
     assert ends[0][0, 0] == 1 and ends[1].allclose(torch.tensor(1 / k, dtype=torch.float64))
 
 
 def test_int8_keeps_vectors_of_all_sizes():
     bank = torch.randn(20, 16) * torch.logspace(-30, 30, 20)[:, None]
     bank[3] = 0
-    whole, scale = coding.to_int8(bank)
-    back = coding.from_int8(whole, scale)
+    whole, scale = encoding.to_int8(bank)
+    back = encoding.from_int8(whole, scale)
     assert ((back - bank).abs().amax(1) <= 0.51 * bank.abs().amax(1) / 127).all() and not back[3].any()
 
 
@@ -278,31 +281,31 @@ def test_unknown_settings_are_refused(settings, message, tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 90, 128, 129, 255, 256, 257, 1000, 65537])
 def test_indices_take_no_bit_more_than_they_need(count):
-    width = coding.bits_for(count)
+    width = encoding.bits_for(count)
     assert width == max(1, (count - 1).bit_length())
     for n in (1, 7, 8, 100):
         values = torch.randint(count, (n,))
-        data = coding.pack_bits(values, width)
+        data = encoding.pack_bits(values, width)
         assert data.numel() == -(-n * width // 8)
-        assert torch.equal(coding.unpack_bits(data, n, width), values)
+        assert torch.equal(encoding.unpack_bits(data, n, width), values)
 
 
 def test_bits_lie_as_documented():
-    assert coding.pack_bits(torch.tensor([1, 2, 5]), 3).tolist() == [0b01_010_001, 0b1]
+    assert encoding.pack_bits(torch.tensor([1, 2, 5]), 3).tolist() == [0b01_010_001, 0b1]
     with pytest.raises(ValueError, match="behind the last index"):
-        coding.unpack_bits(torch.tensor([0, 0b10], dtype=torch.uint8), 3, 3)
+        encoding.unpack_bits(torch.tensor([0, 0b10], dtype=torch.uint8), 3, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_byte_planes_give_every_bit_back(dtype):
     for scale in (0.0, 1e-30, 0.02, 1e4):
         tensor = (scale * torch.randn(37, 11, dtype=torch.float64)).to(dtype)
-        planes = coding.to_planes(tensor)
+        planes = encoding.to_planes(tensor)
         if planes is not None:
             name = container.DTYPE_NAMES[dtype]
-            back = coding.from_planes(planes, name, (37, 11))
+            back = encoding.from_planes(planes, name, (37, 11))
             assert torch.equal(back.view(torch.uint8), tensor.view(torch.uint8))
-    assert coding.to_planes(torch.zeros(1000)) is None  # it would inflate more than a reader takes
+    assert encoding.to_planes(torch.zeros(1000)) is None  # it would inflate more than a reader takes
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -326,12 +329,12 @@ def test_the_names_of_all_layers_are_not_written_twice(tmp_path):
     model = build("llama", layers=11)
     adapter = adapt(model, kind="llama", target_modules="all-linear")
     adapter.save(tmp_path / "dir")
-    packing.pack_directory(tmp_path / "dir", tmp_path / FILE)
+    convert.pack_directory(tmp_path / "dir", tmp_path / FILE)
     assert b"target_modules" not in (tmp_path / FILE).read_bytes()
     content = packed.read(tmp_path / FILE)
     assert content.shapes == adapter.shapes
     assert content.config.target_modules == [shape.name for shape in adapter.shapes]
-    packing.unpack(tmp_path / FILE, tmp_path / "back")
+    convert.unpack(tmp_path / FILE, tmp_path / "back")
     assert read_json(tmp_path / "back" / "adapter_config.json") == read_json(tmp_path / "dir" / "adapter_config.json")
     assert "and 76 more" in render(describe(tmp_path / FILE))
     again = adapt(build("llama", layers=11), kind="llama", target_modules="all-linear", seed=5)
@@ -410,7 +413,7 @@ def test_pefts_directories_are_packed_without_a_model(kind, form, tmp_path):
     """Their layers come in another order, and find their places in the model by name."""
     adapter = adapt(build(kind, layers=11), kind=kind, **(HEAD if kind == "bert" else {}))
     adapter.save(tmp_path / "dir", form=form)
-    packing.pack_directory(tmp_path / "dir", tmp_path / FILE)
+    convert.pack_directory(tmp_path / "dir", tmp_path / FILE)
     content = packed.read(tmp_path / FILE)
     assert sorted(content.shapes) == sorted(adapter.shapes) and content.init_seed == 3
     model = build(kind, layers=11)
@@ -427,7 +430,7 @@ def test_unpacking_gives_the_directory_back(method, format, tmp_path):
     adapter = adapt(build("bert"), method, "bert", **HEAD)
     vblora.save(adapter, tmp_path / "dir", format=format)
     adapter.pack(tmp_path / FILE)
-    packing.unpack(tmp_path / FILE, tmp_path / "back", format=format)
+    convert.unpack(tmp_path / FILE, tmp_path / "back", format=format)
     (back, metadata), (there, known) = (
         read_tensors(tmp_path / which / "adapter_model.safetensors") for which in ("back", "dir")
     )

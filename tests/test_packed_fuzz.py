@@ -15,8 +15,8 @@ import pytest
 import torch
 from core_helpers import adapt, build
 
-from vblora.storage import packed
-from vblora.storage.container import Raw, checksum, deserialize, serialize
+from vblora.files import packed
+from vblora.files.container import Raw, checksum, deserialize, serialize
 
 SPLIT = {"target_modules": ["c_attn"], "split_modules": {"c_attn": ["q", "k", "v"]}}
 HEAD = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
@@ -263,7 +263,7 @@ def inflating_to(size):
 CHILD = """
 import os, pathlib, resource, sys, time
 import torch
-from vblora.storage import packed
+from vblora.files import packed
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])

@@ -11,9 +11,9 @@ from core_helpers import build, groups_for, make_batch, run
 from safetensors.torch import load_file
 
 import vblora
-from vblora import counting
-from vblora.methods.peft_bridge import PeftAdapter, peft_config
+from vblora import shapes as counts
 from vblora.methods.switch import FullFineTuning, apply_method, field_names, parse_settings
+from vblora.methods.through_peft import PeftAdapter, peft_config
 from vblora.targets import find_targets, layer_shapes
 
 TARGETS = {"target_modules": ["query", "value"]}
@@ -85,7 +85,7 @@ def test_pefts_parameters_are_in_the_adapter_group_and_heads_are_not(method, hea
 def test_stored_parameters_are_the_counted_ones_and_heads_are_apart(method, heads, tmp_path):
     adapter = apply_method(build("bert"), method, {"r": 3, **TARGETS, **heads}).adapter
     count = adapter.stored_parameters()
-    assert count.parameters == counting.METHODS[method](shapes(), r=3).parameters
+    assert count.parameters == counts.METHODS[method](shapes(), r=3).parameters
     assert count.parameters == count.with_index_bytes == count.authors_code
     assert adapter.head_parameters() == (HEAD_SIZE if heads else 0)
     adapter.save(tmp_path)
@@ -97,7 +97,7 @@ def test_stored_parameters_are_the_counted_ones_and_heads_are_apart(method, head
 def test_dora_counts_its_magnitudes_too():
     adapter = apply_method(build("bert"), "dora", {"r": 3, **TARGETS}).adapter
     magnitudes = sum(shape.out_features for shape in shapes())
-    assert adapter.stored_parameters().parameters == counting.count_lora(shapes(), r=3).parameters + magnitudes
+    assert adapter.stored_parameters().parameters == counts.count_lora(shapes(), r=3).parameters + magnitudes
 
 
 @pytest.mark.parametrize("form", ["topk", "full"])
@@ -107,7 +107,7 @@ def test_pefts_vblora_counts_the_bytes_of_its_form(form, tmp_path):
     stored = load_file(tmp_path / "adapter_model.safetensors").values()
     assert sum(t.numel() * t.element_size() for t in stored) == adapter.stored_parameters().bytes
     if form == "topk":
-        count = counting.count_vblora(shapes(), r=2, num_vectors=8, vector_length=8, topk=2)
+        count = counts.count_vblora(shapes(), r=2, num_vectors=8, vector_length=8, topk=2)
         assert adapter.stored_parameters().bytes == count.bytes
 
 
@@ -148,7 +148,7 @@ def test_full_fine_tuning_trains_and_counts_everything(tmp_path):
     assert adapted.model is model and isinstance(adapted.adapter, FullFineTuning)
     assert len(trained(model)) == len(list(model.parameters()))
     total = sum(p.numel() for p in model.parameters())
-    assert adapted.adapter.stored_parameters() == counting.count_full(total)
+    assert adapted.adapter.stored_parameters() == counts.count_full(total)
     assert adapted.adapter.head_parameters() == 0
     assert {g["name"] for g in vblora.param_groups(model, lr=1e-5)} == {"weights", "biases"}
     adapted.adapter.save(tmp_path)
@@ -162,7 +162,7 @@ def test_a_json_file_names_any_configuration(tmp_path):
     path.write_text(json.dumps({"peft_type": "LORA", "r": 5, "lora_alpha": 10, **TARGETS}))
     adapter = apply_method(build("bert"), str(path), HEAD).adapter
     assert (adapter.config.r, adapter.config.lora_alpha) == (5, 10)
-    assert adapter.stored_parameters().parameters == counting.count_lora(shapes(), r=5).parameters
+    assert adapter.stored_parameters().parameters == counts.count_lora(shapes(), r=5).parameters
     assert adapter.head_parameters() == HEAD_SIZE
 
 

@@ -10,12 +10,12 @@ import torch
 from core_helpers import build, make_batch, run
 
 import vblora
-from vblora.counting import count_vblora
+from vblora.files.directory import read_config
 from vblora.logits import draw
 from vblora.methods.switch import RECIPE, own_config
-from vblora.storage.directory import read_config
+from vblora.shapes import count_vblora
 from vblora.targets import find_targets, layer_shapes
-from vblora.training.arguments import MethodArguments, given
+from vblora_experiments.arguments import MethodArguments, given
 
 TARGETS = ["up", "down"]  # of the stack: 32 -> 64 and 64 -> 32
 DIVIDED = {"r": 2, "num_vectors": 12, "vector_length": 8, "target_modules": TARGETS, "init_vectors_of_a": 5}
@@ -97,7 +97,7 @@ def test_peft_reads_a_divided_adapter(topk, tmp_path):
 
 
 def test_a_damaged_start_is_named(tmp_path):
-    from vblora.files import read_tensors, write_tensors
+    from vblora.io import read_tensors, write_tensors
 
     _, adapter = attached()
     adapter.save(tmp_path)
@@ -155,7 +155,7 @@ def test_its_groups_train_the_adapter():
     model = build("bert")
     chosen = vblora.recipe(model, ["query", "value"], modules_to_save=["classifier"], num_vectors=16)
     adapter = vblora.attach(model, chosen.config)
-    groups = chosen.param_groups(model, lr=1e-3, weight_decay=0.1)
+    groups = vblora.param_groups(model, lr=1e-3, weight_decay=0.1, **chosen.rates)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates["vector_bank"] == chosen.rates["lr_vector_bank"] and rates["weights"] == 1e-3
     optimizer, before = vblora.AdamW(groups), adapter.vector_bank.detach().clone()

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from vblora.training import records
-from vblora.training.trainer import TrainingClock
+from vblora.trainer import TrainingClock
+from vblora_experiments import records
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vblora.training import records
+from vblora_experiments import records
 records.begin(Path(sys.argv[1]), {"seed": 0})
 print("held", flush=True)
 time.sleep(60)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from vblora.training.sampling import LengthGroupedSampler, LongestFirstSampler
+from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
 
 LENGTHS = random.Random(0).choices(range(3, 60), k=1003)
 

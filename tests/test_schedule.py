@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vblora.training import schedule
-from vblora.training.schedule import Job, run_all
+from vblora_experiments import schedule
+from vblora_experiments.schedule import Job, run_all
 
 
 def job(tmp_path, name, code="print('said last')", after=()):

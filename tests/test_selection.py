@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 import vblora
 from vblora.adapter import load, restore
 from vblora.bank import compose_dense
+from vblora.files.directory import read_config
 from vblora.methods import SelectionConfig, VBLoRAConfig
 from vblora.selection import RULES, draw, gumbel_softmax, noisy_topk
-from vblora.storage import read_config
 
 
 def make(rule="noisy_topk", topk=2, **more):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import vblora
-from vblora.training.records import SELECTIONS_FILE
-from vblora.training.selection_log import SelectionLog, read_log
+from vblora_experiments.records import SELECTIONS_FILE
+from vblora_experiments.selection_log import SelectionLog, read_log
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from language_helpers import tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 
 import vblora
+from vblora import sharding
 from vblora.methods.switch import Adapted, FullFineTuning
-from vblora.training import sharding
 
 WORLD = 2
 STEPS = 6

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import vblora
-from vblora import counting
+from vblora import shapes as counts
 from vblora.methods import LoRAXSConfig, TiedLoRAConfig
 from vblora.targets import find_targets, layer_shapes
 
@@ -130,7 +130,7 @@ def test_gpt2s_counts_with_q_k_and_v_apart(width, layers, h, expected):
     settings = {"r": 4, "num_vectors": h, "vector_length": 256, "topk": 2}
     config = vblora.VBLoRAConfig(**settings, **SPLIT)
     shapes = layer_shapes(find_targets(model, config), config)
-    assert counting.count_vblora(shapes, **settings).parameters == expected
+    assert counts.count_vblora(shapes, **settings).parameters == expected
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from vblora.files import read_json, write_json
+from vblora.hub import from_hub
+from vblora.io import folder_fingerprint, read_json, write_json
 from vblora.methods.switch import parse_settings
-from vblora.training import commands, records
-from vblora.training.arguments import MethodArguments
-from vblora.training.trainer import KeepBest
+from vblora.trainer import KeepBest
+from vblora_experiments import commands, records
+from vblora_experiments.arguments import MethodArguments
 
 LOG = [
     {"loss": 1.0, "epoch": 1.0},
@@ -94,7 +95,7 @@ def test_a_models_fingerprint_changes_with_its_weights_and_not_with_its_place(tm
     for folder, content in (("one", b"1"), ("two", b"1"), ("three", b"2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "model.safetensors").write_bytes(content)
-    one, two, three = (records.folder_fingerprint(tmp_path / name) for name in ("one", "two", "three"))
+    one, two, three = (folder_fingerprint(tmp_path / name) for name in ("one", "two", "three"))
     assert one == two != three
 
 
@@ -152,7 +153,7 @@ def test_a_local_folder_that_is_no_model_is_named(tmp_path):
         raise OSError("no config.json in it\nand more")
 
     with pytest.raises(ValueError) as caught:
-        commands.from_hub(load, str(tmp_path), "--flag DIR")
+        from_hub(load, str(tmp_path), "--flag DIR")
     assert str(caught.value) == f"{tmp_path}: no config.json in it"
 
 

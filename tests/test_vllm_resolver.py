@@ -24,8 +24,8 @@ from language_helpers import save_tiny_llama, vllm_environment
 from safetensors.torch import load_file
 
 import vblora
+from vblora.files import packed
 from vblora.serving.expanded import Cache, Expanded, Limit, PackedFolder, _expanded_bytes
-from vblora.storage import packed
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

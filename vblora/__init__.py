@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vblora import moved
+
 if TYPE_CHECKING:
     from vblora.adapter import Adapter, attach, load, save
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
@@ -12,7 +14,9 @@ if TYPE_CHECKING:
     from vblora.recipes import Recipe, recipe
     from vblora.serving.store import AdapterStore
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+moved.install()
 
 __all__ = [
     "AdamW",

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vblora import storage
 from vblora.config import AdapterConfig, VBLoRAConfig
-from vblora.counting import Count, LayerShape
+from vblora.files import lora, match, packed
+from vblora.files.content import Content, FileContent, check_heads, form_of, head_tensors
+from vblora.files.directory import FORMATS, FORMS, read_config, read_content, write_directory
 from vblora.forward import ForwardPath
-from vblora.storage import Content, FileContent, check_heads, fitting, form_of, head_tensors, lora_format, packed
+from vblora.shapes import Count, LayerShape
 from vblora.targets import (
     find_saved,
     find_targets,
@@ -95,12 +96,12 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None, tr
     if path.is_file():
         content = packed.read(path)
         config, saved = content.config, find_saved(model, content.config)
-        targets = fitting.find_layers(model, content, path)
+        targets = match.find_layers(model, content, path)
         read = _read_packed(content, path, layer_shapes(targets, config), saved)
     else:
-        config, is_peft = storage.read_config(path)
+        config, is_peft = read_config(path)
         targets, saved = find_targets(model, config), find_saved(model, config)
-        read = storage.read_content(path, config, is_peft, layer_shapes(targets, config), saved)
+        read = read_content(path, config, is_peft, layer_shapes(targets, config), saved)
     with torch.inference_mode(False):
         adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
     _take_over(adapter, read, redraw=trainable)
@@ -124,10 +125,10 @@ def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redr
         _require_settings(adapter, content.config, path, {shape.name for shape in content.shapes})
         read = _read_packed(content, path, adapter.shapes, saved)
     else:
-        config, is_peft = storage.read_config(path)
+        config, is_peft = read_config(path)
         model, _ = adapter._require_home()
         _require_settings(adapter, config, path, set(find_targets(model, config)))
-        read = storage.read_content(path, config, is_peft, adapter.shapes, saved)
+        read = read_content(path, config, is_peft, adapter.shapes, saved)
     if isinstance(adapter.config, VBLoRAConfig) and form_of(read.native) != "full" and not redraw:
         raise ValueError(
             f'{path} holds the top-k form; to train on it must be the full one (form="full"), '
@@ -151,7 +152,7 @@ def _read_packed(
 ) -> FileContent:
     """A packed file's content in the order of these layers; its own tensors are checked already."""
     try:
-        native = fitting.in_order_of(content, shapes)
+        native = match.in_order_of(content, shapes)
         if saved is not None:
             check_heads(content.heads, head_tensors(saved))
     except ValueError as error:
@@ -314,7 +315,7 @@ class Adapter(ForwardPath):
         self._home = None
 
     def stored_parameters(self) -> Count:
-        """What the adapter stores, without the modules of `modules_to_save`: see `vblora.counting.Count`."""
+        """What the adapter stores, without the modules of `modules_to_save`: see `vblora.shapes.Count`."""
         return self.config.count(self.shapes)
 
     def content(self, form: str = "topk") -> Content:
@@ -345,24 +346,20 @@ class Adapter(ForwardPath):
         Raises:
             ValueError: a form or format that cannot hold this adapter. Nothing is written then.
         """
-        if form not in storage.FORMS or format not in storage.FORMATS:
-            raise ValueError(
-                f"form is one of {storage.FORMS} and format one of {storage.FORMATS}, not {form!r} and {format!r}"
-            )
-        storage.write_directory(self.content(form), directory, format)
+        if form not in FORMS or format not in FORMATS:
+            raise ValueError(f"form is one of {FORMS} and format one of {FORMATS}, not {form!r} and {format!r}")
+        write_directory(self.content(form), directory, format)
 
     def pack(
         self, path: str | Path, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
     ) -> int:
-        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.storage.packed.write`."""
+        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.directory.packed.write`."""
         return packed.write(self.content(), path, bank=bank, weights=weights, heads=heads)
 
     def export_lora(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.storage.lora_format`."""
+        """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.directory.lora_format`."""
         model, _ = self._require_home()
-        lora_format.export(
-            self.content(), directory, self.layer_factors(), dtype=dtype, task_type=lora_format.task_type_of(model)
-        )
+        lora.export(self.content(), directory, self.layer_factors(), dtype=dtype, task_type=lora.task_type_of(model))
 
     def start_from(self, directory: str | Path, *, redraw: bool = False) -> None:
         """Take over the values of a saved adapter of the same settings, but not its heads: see `restore`."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vblora.counting import LayerShape, peft_index_bytes
+from vblora.shapes import LayerShape, peft_index_bytes
 
 Factors = tuple[Tensor, Tensor]  # A: (r, in_features) and B transposed: (r, out_features)
 

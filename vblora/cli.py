@@ -1,13 +1,14 @@
 """The `vblora` command.
 
-    vblora count      the stored parameters of the paper's Tables 1 to 4, recomputed beside the printed ones
     vblora inspect    what a saved adapter holds
     vblora pack       an adapter's directory as one small file
     vblora unpack     such a file as a directory
     vblora merge      a whole model with the adapter in its weights
     vblora export     an adapter as plain LoRA, for PEFT, vLLM and SGLang
 
-A mistake in what was asked for is one line on stderr, `vblora: error: ...`, and exit code 2.
+Other packages add commands by an entry point of the group vblora.commands: a checkout of the repository adds
+`vblora count`, the paper's counts. A mistake in what was asked for is one line on stderr, `vblora: error: ...`, and
+exit code 2.
 """
 
 from __future__ import annotations
@@ -16,22 +17,15 @@ import argparse
 import json
 import os
 import sys
-import textwrap
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any, NoReturn
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from vblora.paper_counts import (
-    METHOD_NAMES,
-    MODELS,
-    RULES,
-    TABLE_TITLES,
-    Comparison,
-    compare,
-    select_rows,
-)
+from vblora import __version__
 
-WIDTH = 130
+if TYPE_CHECKING:
+    from vblora.files.content import Content
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,22 +48,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vblora", description="VB-LoRA: count stored parameters, inspect, pack and merge adapters.")
-    commands = parser.add_subparsers(
-        title="commands", metavar="{count,inspect,pack,unpack,merge,export}", required=True
-    )
-
-    count = commands.add_parser(
-        "count",
-        help="stored parameters of the paper's Tables 1 to 4, recomputed",
-        description="The stored parameters of every row of the paper's Tables 1 to 4, computed from the "
-        "layer shapes, beside the printed figure and the rule that reproduces it.",
-    )
-    count.add_argument("--table", type=_table, metavar="N", help=_one_of(TABLE_TITLES))
-    count.add_argument("--model", type=_model, metavar="NAME", help=_one_of(MODELS))
-    count.add_argument("--method", type=_method, metavar="NAME", help=_one_of(METHOD_NAMES.values()))
-    count.add_argument("--json", action="store_true", help="print JSON, with the notes and the true bytes")
-    count.set_defaults(run=_count)
+    parser = _Parser(prog="vblora", description="VB-LoRA: inspect, pack, merge and export adapters.")
+    parser.add_argument("--version", action="version", version=f"vblora {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True)
 
     inspect = commands.add_parser("inspect", help="what a saved adapter holds")
     inspect.add_argument("directory", metavar="DIR", help="the directory the adapter was saved in, or a packed file")
@@ -96,7 +77,28 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     _add_export(commands)
+    _add_from_other_packages(commands)
+    commands.metavar = f"{{{','.join(commands.choices)}}}"
     return parser
+
+
+def _add_from_other_packages(commands: Any) -> None:
+    for point in metadata.entry_points(group="vblora.commands"):
+        try:
+            add_to = point.load()
+        except ModuleNotFoundError:  # an installed library without the repository's experiments
+            _add_missing(commands, point.name)
+        else:
+            add_to(commands)
+
+
+def _add_missing(commands: Any, name: str) -> None:
+    def refuse(arguments: argparse.Namespace) -> str:
+        raise ValueError(f"vblora {name} comes with the repository: clone it and run pip install -e . there")
+
+    missing = commands.add_parser(name, help="comes with the repository")
+    missing.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    missing.set_defaults(run=refuse)
 
 
 def _add_pack(commands: Any) -> None:
@@ -144,131 +146,12 @@ def _add_export(commands: Any) -> None:
     export.set_defaults(run=_export)
 
 
-def _one_of(names: Any) -> str:
-    return "one of " + ", ".join(map(str, names))
-
-
-def _table(text: str) -> int:
-    return _known("table", text, {str(table): table for table in TABLE_TITLES})
-
-
-def _model(text: str) -> str:
-    return _known("model", text, {name: name for name in MODELS})
-
-
-def _method(text: str) -> str:
-    # Both "VB-LoRA", as the tables print it, and "vblora", as the code calls it.
-    return _known("method", text, {name: key for key, name in METHOD_NAMES.items()})
-
-
-def _known(what: str, text: str, choices: dict[str, Any]) -> Any:
-    """The value of `choices` that `text` names, whatever its case, hyphens and underscores."""
-
-    def plain(name: str) -> str:
-        return name.lower().replace("-", "").replace("_", "")
-
-    for name, value in choices.items():
-        if plain(name) == plain(text):
-            return value
-    raise argparse.ArgumentTypeError(f"unknown {what} {text!r}: known are {', '.join(choices)}")
-
-
-# --- count ------------------------------------------------------------------------------------------
-
-
-def _count(arguments: argparse.Namespace) -> str:
-    rows = select_rows(arguments.table, arguments.model, arguments.method)
-    if not rows:
-        wanted = {
-            "table": arguments.table,
-            "model": arguments.model,
-            "method": METHOD_NAMES.get(arguments.method),
-        }
-        asked = ", ".join(f"{name} {value}" for name, value in wanted.items() if value is not None)
-        raise ValueError(f"the paper has no row for {asked}")
-    comparisons = [compare(row) for row in rows]
-    if arguments.json:
-        return json.dumps([_as_json(comparison) for comparison in comparisons], indent=2)
-    return _as_text(comparisons)
-
-
-def _as_json(comparison: Comparison) -> dict[str, Any]:
-    row, counts, reproduced_by = comparison
-    return {
-        **row._asdict(),
-        "counts": counts._asdict(),
-        "reproduced_by": reproduced_by,
-        "verdict": comparison.verdict,
-    }
-
-
-HEADINGS = ("method", "targets", "settings", "printed", *RULES.values(), "file", "reproduced by")
-RIGHT_ALIGNED = {"printed", "file", *RULES.values()}
-
-LEGEND = """\
-Stored parameters in float32 equivalents, by three rules for an index into VB-LoRA's bank:
-  byte   one byte an index, however large the bank (the paper's rule)
-  sized  as many bytes an index as the bank needs
-  float  four bytes an index, like a weight (the authors' code)
-The other methods store no index, and have one count. "file" is the tensors' true size (exact with --json), for
-VB-LoRA in PEFT's top-k form. "reproduced by" is the rule that gives the printed figure, rounded or truncated to its
-digits (both: either way); r rank, h bank size, b vector length."""
-
-
-def _as_text(comparisons: Sequence[Comparison]) -> str:
-    cells = [_cells(comparison) for comparison in comparisons]
-    widths = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)]
-    lines = []
-    numbered = zip(comparisons, cells, strict=True)
-    for (table, model), group in groupby(numbered, key=lambda pair: (pair[0].row.table, pair[0].row.model)):
-        lines += ["", f"Table {table}, {TABLE_TITLES[table]}: {model}", _line(HEADINGS, widths)]
-        for comparison, row_cells in group:
-            lines.append(_line(row_cells, widths))
-            lines += textwrap.wrap(comparison.row.note, WIDTH, initial_indent="  note: ", subsequent_indent="        ")
-    return "\n".join([LEGEND, *lines])
-
-
-def _cells(comparison: Comparison) -> tuple[str, ...]:
-    row, stored, _ = comparison
-    counts = [f"{getattr(stored, rule):,}" for rule in RULES]
-    if row.method != "vblora":
-        counts[1:] = [""] * (len(counts) - 1)
-    short = {"r": "r", "num_vectors": "h", "vector_length": "b"}
-    settings = " ".join(f"{letter} {row.settings[name]}" for name, letter in short.items() if name in row.settings)
-    return (
-        METHOD_NAMES[row.method],
-        row.targets,
-        settings,
-        row.printed,
-        *counts,
-        _size(stored.bytes),
-        comparison.verdict,
-    )
-
-
-def _size(size: int) -> str:
-    """Bytes to three digits, in powers of 1000."""
-    value, units = float(size), ["B", "kB", "MB", "GB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.3g} {units[0]}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    aligned = [
-        cell.rjust(width) if heading in RIGHT_ALIGNED else cell.ljust(width)
-        for heading, cell, width in zip(HEADINGS, cells, widths, strict=True)
-    ]
-    return "  ".join(aligned).rstrip()
-
-
 # --- inspect ----------------------------------------------------------------------------------------
 
 
 def _inspect(arguments: argparse.Namespace) -> str:
     # Imported here because it needs torch, which `count` does without.
-    from vblora.storage.inspect import describe, render
+    from vblora.files.describe import describe, render
 
     description = describe(arguments.directory)
     return json.dumps(description, indent=2) if arguments.json else render(description)
@@ -278,17 +161,16 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
 
 def _pack(arguments: argparse.Namespace) -> str:
-    from pathlib import Path
-
-    from vblora.storage import TENSOR_FILE, packed, packing
+    from vblora.files import convert, packed
+    from vblora.files.directory import TENSOR_FILE
 
     weights = arguments.weights if arguments.weights == "lossless" else int(arguments.weights)
     source, file = Path(arguments.directory), Path(arguments.file)
     before = source if source.is_file() else source / TENSOR_FILE
-    content = packing.read_directory(source, arguments.model)
+    content = _read_adapter(source, arguments.model)
     size = before.stat().st_size
     packed.write(content, file, bank=arguments.bank, weights=weights, heads=arguments.heads)
-    loss, now = packing.compare(content, packed.read(file)), file.stat().st_size
+    loss, now = convert.compare(content, packed.read(file)), file.stat().st_size
     lines = [f"{before}: {size:,} bytes", f"{file}: {now:,} bytes, {now / size:.1%}"]
     if loss is not None:
         lines.append(
@@ -297,10 +179,20 @@ def _pack(arguments: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def _unpack(arguments: argparse.Namespace) -> str:
-    from vblora.storage import packing
+def _read_adapter(source: Path, model: str | None) -> Content:
+    from vblora.files import convert
 
-    content = packing.unpack(arguments.file, arguments.directory, format=arguments.format)
+    if model is None:
+        return convert.read_directory(source)
+    from vblora.models import read_adapter
+
+    return read_adapter(source, model)
+
+
+def _unpack(arguments: argparse.Namespace) -> str:
+    from vblora.files import convert
+
+    content = convert.unpack(arguments.file, arguments.directory, format=arguments.format)
     return f"{arguments.directory}: {content.config.method} for {len(content.shapes)} layers"
 
 
@@ -308,11 +200,8 @@ def _unpack(arguments: argparse.Namespace) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> str:
-    from pathlib import Path
-
     try:
-        from vblora.training.merging import write_merged
-        from vblora.training.tuned import Tuned
+        from vblora.models import Tuned, write_merged
     except ModuleNotFoundError as error:
         raise ValueError(f"merge needs transformers: pip install 'vblora[train]' ({error})") from error
     tuned = Tuned.of(
@@ -329,16 +218,13 @@ def _merge(arguments: argparse.Namespace) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> str:
-    from pathlib import Path
-
     import torch
 
     source, output, dtype = Path(arguments.model), Path(arguments.output), getattr(torch, arguments.dtype)
     if source.is_file():
         return _export_packed(source, output, dtype, arguments)
     try:
-        from vblora.training.exporting import write_exported
-        from vblora.training.tuned import Tuned
+        from vblora.models import Tuned, write_exported
     except ModuleNotFoundError as error:
         raise ValueError(f"export needs transformers: pip install 'vblora[train]' ({error})") from error
     adapter = Path(arguments.adapter) if arguments.adapter else None
@@ -347,14 +233,14 @@ def _export(arguments: argparse.Namespace) -> str:
 
 
 def _export_packed(source: Any, output: Any, dtype: Any, arguments: argparse.Namespace) -> str:
-    from vblora.storage import lora_format, packed
+    from vblora.files import lora, packed
 
     if arguments.adapter or arguments.model_name_or_path:
         raise ValueError(f"{source} is the adapter, with all it needs: leave --adapter and --model_name_or_path out")
     content = packed.read(source)
     if content.config.method == "lora_xs":
         raise ValueError(f"LoRA-XS needs its model's weights: vblora export MODEL {output} --adapter {source}")
-    lora_format.export(content, output, dtype=dtype)
+    lora.export(content, output, dtype=dtype)
     return str(output)
 
 

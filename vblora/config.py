@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from vblora import counting
+from vblora import shapes as counts
 from vblora.bank import Factors, Layout, compose, selected_logits
-from vblora.counting import Count, LayerShape
 from vblora.selection import RULES
+from vblora.shapes import Count, LayerShape
 
 
 class TensorSpec(NamedTuple):
@@ -94,7 +94,7 @@ class AdapterConfig:
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
         """What is stored, without the modules of `modules_to_save`: all numbers of a file, in float32."""
-        return counting.float32(sum(math.prod(spec.shape) for spec in self.spec(shapes, "topk").values()))
+        return counts.float32(sum(math.prod(spec.shape) for spec in self.spec(shapes, "topk").values()))
 
     def kept(self, form: str) -> AdapterConfig:
         """The settings that a file of this form is written with."""
@@ -247,7 +247,7 @@ class VBLoRAConfig(AdapterConfig):
         return self.vblora_dropout
 
     def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        n = counting.sub_vectors(shapes, self.r, self.vector_length)
+        n = counts.sub_vectors(shapes, self.r, self.vector_length)
         h, b, k = self.num_vectors, self.vector_length, self.topk
         bank = {"vector_bank": TensorSpec((h, b))}
         if form == "full":
@@ -255,7 +255,7 @@ class VBLoRAConfig(AdapterConfig):
         return {**bank, "topk_indices": TensorSpec((n, k), below=h), "topk_weights": TensorSpec((n, k - 1))}
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
-        return counting.count_vblora(
+        return counts.count_vblora(
             shapes, r=self.r, num_vectors=self.num_vectors, vector_length=self.vector_length, topk=self.topk
         )
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from vblora.bank import Factors
 from vblora.config import AdapterConfig
-from vblora.counting import LayerShape
 from vblora.low_rank import add_low_rank, add_low_rank_, without_autocast
+from vblora.shapes import LayerShape
 
 
 class ForwardPath(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from vblora.adapter import Adapter
 from vblora.logits import LogitTable, owner_of
-from vblora.methods.peft_bridge import peft_parameter_names
+from vblora.methods.through_peft import peft_parameter_names
 from vblora.methods.vb_lora import VBLoRA
 
 

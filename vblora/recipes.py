@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vblora import counting
+from vblora import shapes as counting
 from vblora.config import VBLoRAConfig
-from vblora.counting import Count, LayerShape
-from vblora.optim import param_groups
+from vblora.shapes import Count, LayerShape
 from vblora.targets import find_targets, layer_shapes
 
 RANK = 4
@@ -71,10 +70,6 @@ class Recipe:
     max_grad_norm: float
     stored: Count
     choices: tuple[Choice, ...]
-
-    def param_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """`vblora.param_groups` of the adapted model with the recipe's rates; `lr` is the head's."""
-        return param_groups(model, lr, weight_decay=weight_decay, **self.rates)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for a record."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vblora.config import AdapterConfig
-from vblora.counting import LayerShape
+from vblora.shapes import LayerShape
 
 # Attribute names of classification heads in transformers (PEFT's SEQ_CLS_HEAD_NAMES).
 HEAD_NAMES = ("score", "classifier")

@@ -43,6 +43,7 @@ class JudgeServer:
     def __init__(self):
         self.script, self.requests, self.lock, self.under_way = [], [], threading.Lock(), 0
         self.hold = 0.0
+        self.answer = lambda handler, prompt, body: rate(handler, prompt)
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,13 +53,19 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer.lock:
                     outer.under_way += 1
-                    action = outer.script.pop(0) if outer.script else rate
-                    seen = {"path": self.path, "headers": dict(self.headers), "body": body, "at": time.monotonic()}
+                    action = outer.script.pop(0) if outer.script else None
+                    seen = {
+                        "path": self.path,
+                        "headers": {name.title(): value for name, value in self.headers.items()},
+                        "body": body,
+                        "at": time.monotonic(),
+                    }
                     outer.requests.append({**seen, "under_way": outer.under_way})
                 time.sleep(outer.hold)
                 with outer.lock:
                     outer.under_way -= 1
-                action(self, body["messages"][-1]["content"])
+                prompt = body["messages"][-1]["content"]
+                action(self, prompt) if action else outer.answer(self, prompt, body)
 
             do_GET = do_POST
 

@@ -16,9 +16,9 @@ import instruct_rows
 import run_instruct
 from instruct_rows import METHODS, MODELS, ROWS, row
 from vblora.methods.switch import field_names
-from vblora.paper_counts import MODELS as SHAPES
-from vblora.paper_counts import ways_to_print
-from vblora.training import estimate, instruct
+from vblora_experiments import estimate, instruct
+from vblora_experiments.paper_counts import MODELS as SHAPES
+from vblora_experiments.paper_counts import ways_to_print
 
 FOLDER = Path(instruct_rows.__file__).parent
 TABLE_9 = {
@@ -54,7 +54,7 @@ UNEXPLAINED = {("llama2_7b", "vblora"), ("llama2_13b", "vblora")}
 
 @pytest.mark.parametrize(("model", "method"), instruct_paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.counting import METHODS as COUNTS
+    from vblora.shapes import METHODS as COUNTS
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"llama2_7b": "Llama2-7B", "llama2_13b": "Llama2-13B"}[model]]

@@ -14,6 +14,7 @@ from mt_bench_helpers import QUESTIONS, answer_row, write_rows
 
 import mt_bench
 from mt_bench import Answer, Bench, append_line, file_name, mend_end, read_answers, read_judgments, write_lines
+from vblora_experiments import progress
 
 JUDGMENT = {
     "question_id": 81,
@@ -140,6 +141,11 @@ def test_a_malformed_question_is_named_by_file_and_line(line, message, bench_dir
         ({"turn": 3}, "turn"),
         ({"judge": []}, "judge"),
         ({"model": 1}, "model"),
+        ({"model": [[]]}, "model must be str, not a list"),
+        ({"score": float("nan")}, "score must be a number, not 'nan'"),
+        ({"score": float("inf")}, "score"),
+        ({"score": 10**400}, "score"),
+        ({"tstamp": {}}, "tstamp must be a number, not a dict"),
     ],
 )
 def test_a_malformed_judgment_is_named_by_file_and_line(change, message, tmp_path):
@@ -159,6 +165,40 @@ def test_malformed_answers_are_named_by_file_and_line(tmp_path):
         read_answers(path)
     with pytest.raises(ValueError, match=r"none\.jsonl does not exist"):
         read_answers(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[" * 10**5, b'{"question_id": ' + b"[" * 10**5, b'{"question_id": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"\0"],
+)
+def test_no_damaged_line_is_more_than_a_value_error(line, tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\n" + line + b"\n")
+    for read in (read_answers, read_judgments):
+        with pytest.raises(ValueError, match=r"x\.jsonl, line 2: no JSON"):
+            read(path)
+    path.write_bytes(b"{}\n" + line)
+    mend_end(path)
+    assert path.read_bytes() == b"{}\n"
+
+
+def test_nothing_of_a_line_stays_where_the_disk_is_full(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            append_line(path, {"a": 1})
+        assert not path.exists()
+    append_line(path, {"a": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(progress.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            append_line(path, {"a": 2})
+    assert path.read_bytes() == b'{"a": 1}\n'
 
 
 def test_a_file_ends_with_a_whole_line_after_mending(tmp_path):

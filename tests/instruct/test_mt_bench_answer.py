@@ -16,7 +16,7 @@ import mt_bench_answer
 import vblora
 from mt_bench import read_answers
 from mt_bench_answer import Says, generate, main, prompt
-from vblora.training import instruction_data
+from vblora_experiments import instruction_data
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
@@ -43,7 +43,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def model(folders):
-    return mt_bench_answer.causal.load_model(str(folders["plain"]))
+    return mt_bench_answer.models.load_model(str(folders["plain"]))
 
 
 @pytest.fixture

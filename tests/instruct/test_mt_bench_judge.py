@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
-import email.utils
+import base64
 import json
 import os
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mt_bench_helpers import (
@@ -27,7 +28,7 @@ from mt_bench_helpers import (
 
 import mt_bench_judge
 from mt_bench import Bench, read_judgments
-from mt_bench_judge import main, rating
+from mt_bench_judge import main, masked, rating, reply
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-secret-123"
@@ -108,7 +109,7 @@ def test_the_request_is_fastchats(server, command):
     assert request["path"] == "/v1/chat/completions" and request["headers"]["Authorization"] == f"Bearer {KEY}"
     body = request["body"]
     messages = body.pop("messages")
-    assert body == {"model": "gpt-4", "temperature": 0, "max_tokens": 2048, "n": 1}
+    assert body == {"model": "gpt-4", "temperature": 0, "max_tokens": 2048}
     assert [message["role"] for message in messages] == ["system", "user"]
     assert messages[0]["content"] == "system of single-v1"
     assert len(server.requests) == 8
@@ -144,7 +145,20 @@ def test_the_prompts_of_the_real_benchmark(real_data, tmp_path, capsys):
         ("Rating: [[8]]", 8),
         ("Rating: [[7.5]]", 7.5),
         ("first [3], then [[9]]", 9),
-        ("[[2]] and [[9]]", 2),
+        ("[[2]] and [[9]]", 9),
+        ("Rating: [[8]]. A [[10]] would need more.", 8),
+        ("**Final rating:** **[[8]]**, not [[9]]", 8),
+        ('I must write "Rating: [[5]]" or so. Rating: [[8]]', 8),
+        ("<think>First [[3]]? No.</think>\nRating: [[8]]", 8),
+        ("<think>First [[3]]? Rather [[9]].</think>\nRating: 8", -1),
+        ("First [[3]]? No.\n</think>\n\nRating: [[8]]", 8),
+        ("<think>\nRating: [[3]]? It was cut off he", -1),
+        ("Rating: [[8]]\n<reasoning>or [[3]]</reasoning>", 8),
+        ("<thinking a='b'>[[3]] <think>[[4]]</thinking>Rating: [[8]]", 8),
+        ("[THINK]Rating: [[3]][/THINK]Rating: [[8]]", 8),
+        ("◁think▷[[3]]◁/think▷[[8]]", 8),
+        ("<|channel|>analysis<|message|>[[3]]<|end|><|start|>assistant<|channel|>final<|message|>Rating: [[8]]", 8),
+        ("It begins with <think> and ends nowhere. Rating: [[8]]", 8),
         ("Rating: [6]", 6),
         ("[[10]]", 10),
         ("[[08]]", 8),
@@ -154,7 +168,7 @@ def test_the_prompts_of_the_real_benchmark(real_data, tmp_path, capsys):
         ("", -1),
     ],
 )
-def test_the_rating_is_found_as_fastchat_finds_it(text, score):
+def test_the_rating_that_a_judgment_ends_with_is_found(text, score):
     assert rating(text) == score
 
 
@@ -195,20 +209,20 @@ def test_the_endpoint_says_how_long_to_wait(server, command):
     assert second - first >= 0.19
 
 
-def test_a_date_to_come_back_at():
-    soon = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=100)
-    assert 97 < mt_bench_judge._seconds(email.utils.format_datetime(soon, usegmt=True)) <= 100
-    assert mt_bench_judge._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == mt_bench_judge._seconds("nan") == 0
-
-
 def test_waits_double_up_to_a_limit(monkeypatch):
     waits = []
     endpoint = mt_bench_judge.Endpoint("http://127.0.0.1:9", "", "j", tries=8, backoff=2.0)
     monkeypatch.setattr(endpoint, "_pause", lambda seconds: waits.append(seconds) if seconds > 0 else None)
     monkeypatch.setattr(mt_bench_judge.random, "uniform", lambda low, high: high)
-    with pytest.raises(ValueError, match="did not answer in 8 tries"):
-        endpoint.complete([])
+    for tried in range(8):
+        endpoint._before(SimpleNamespace(headers={"x-stainless-retry-count": str(tried)}))
     assert [wait for wait in waits if wait > 1] == [2, 4, 8, 16, 32, 60, 60]
+
+
+def test_nobody_there_is_said_after_so_many_tries():
+    endpoint = mt_bench_judge.Endpoint("http://user:word@127.0.0.1:9/v1?key=a", "", "j", tries=2, backoff=0)
+    with pytest.raises(ValueError, match=r"^http://127.0.0.1:9/v1 did not answer in 2 tries: .*refused; the same"):
+        endpoint.complete([])
 
 
 def test_a_judgment_without_a_rating_is_asked_for_again(server, command, expected):
@@ -244,9 +258,10 @@ def test_an_empty_account_is_no_rate_limit(server, command):
 
 
 def test_an_endpoint_that_wants_an_hour_is_left_alone(server, command):
-    server.script = [fails(429, "tomorrow", [("Retry-After", "inf")])]
-    with pytest.raises(ValueError, match=r"tomorrow \(to wait inf s\)"):
+    server.script = [fails(429, "tomorrow", [("Retry-After", "3600")])]
+    with pytest.raises(ValueError, match=r"tomorrow \(it asks to wait: 3600\)"):
         main(command())
+    assert len(server.requests) == 1
 
 
 def test_a_redirection_is_not_followed_with_the_key(server, command):
@@ -256,6 +271,210 @@ def test_a_redirection_is_not_followed_with_the_key(server, command):
         main(command())
     assert not elsewhere.requests
     elsewhere.close()
+
+
+# ------------------------------------------------------------------------------- what a model does not take
+
+TAKES_NO_LIMIT = {
+    "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'.",
+    "param": "max_tokens",
+    "code": "unsupported_parameter",
+}
+TAKES_NO_TEMPERATURE = {
+    "message": "Unsupported value: 'temperature' does not support 0 with this model. Only the default is supported.",
+    "param": "temperature",
+    "code": "unsupported_value",
+}
+
+
+def refusing(server, **refusals):
+    """Has the server refuse each request that has one of these parameters."""
+    original = server.answer
+
+    def answer(handler, prompt, body):
+        error = next((error for name, error in refusals.items() if name in body), None)
+        if error is None:
+            return original(handler, prompt, body)
+        handler.send(400, json.dumps({"error": error}).encode())
+
+    server.answer = answer
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_parameter_that_a_model_refuses_is_not_sent_again(workers, server, command, expected, capsys):
+    refusing(server, max_tokens=TAKES_NO_LIMIT, temperature=TAKES_NO_TEMPERATURE)
+    assert outcome(main(command("--workers", workers, "--max_tokens", "5000"))) == expected
+    bodies = [request["body"] for request in server.requests]
+    assert 18 <= len(bodies) <= 16 + 2 * workers
+    taken = [{k: v for k, v in body.items() if k not in ("model", "messages")} for body in bodies]
+    assert taken[0] == {"temperature": 0, "max_tokens": 5000} and taken[-1] == {"max_completion_tokens": 5000}
+    said = capsys.readouterr().err
+    assert said.count("gpt-4 does not take max_tokens=5000") == said.count("gpt-4 does not take temperature=0") == 1
+
+
+def test_a_model_may_take_no_limit_at_all(server, command, expected):
+    unknown = {"message": "Unrecognized request argument supplied: max_completion_tokens"}
+    refusing(server, max_tokens=TAKES_NO_LIMIT, max_completion_tokens=unknown)
+    assert outcome(main(command())) == expected
+    assert set(server.requests[-1]["body"]) == {"model", "messages", "temperature"}
+
+
+# ------------------------------------------------------------------------------------- prompts that are refused
+
+TOO_LONG = "This model's maximum context length is 8192 tokens, but max_tokens asks for 2048 more. Unsupported length."
+REFUSALS = {
+    "content filter": fails(400, "The response was filtered due to our content management policy."),
+    "too long": fails(400, TOO_LONG),
+    "too large": sends(b"<html>Request Entity Too Large</html>", 413),
+    "not valid": fails(422, "messages: string too long"),
+    "flagged": fails(403, "Your chosen model requires moderation and your input was flagged"),
+    "of the account's words": fails(400, "Filtered: the prompt speaks of a billing quota"),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_refused_prompt_is_one_missing_judgment(refusal, server, command, expected, capsys):
+    server.script = [rate, REFUSALS[refusal], rate, REFUSALS[refusal]]
+    path = main(command())
+    assert len(read_judgments(path)) == 14 and len(server.requests) == 16
+    assert set(outcome(path)) < set(expected)
+    out = capsys.readouterr().out
+    assert "no judgment: alpha, question 104, turn 1: 4" in out and "no judgment: alpha, question 141, turn 1: 4" in out
+    assert "14 judgments, 0 of them without a rating" in out and "2 judgments are missing" in out
+    assert outcome(main(command())) == expected and len(server.requests) == 18
+
+
+def test_when_the_first_ten_are_refused_it_is_not_the_prompts(server, command, answers):
+    server.script = [fails(400, "no such thing")] * 16
+    with pytest.raises(ValueError, match="refuses the first 10 prompts: 400 Bad Request: no such thing"):
+        main(command())
+    assert len(server.requests) == 10
+
+
+def test_a_judge_that_answers_in_parts_is_read(server, command):
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "[[3]]"}]},
+        {"type": "reasoning", "text": "Rating: [[2]]"},
+        {"type": "text", "text": "Good. Rating: [["},
+        {"type": "text", "text": "7]]"},
+    ]
+    server.script = [says(parts)] * 8
+    judgments = read_judgments(main(command("--turns", "1")))
+    assert {(judgment.score, judgment.judgment) for judgment in judgments} == {(7, "Good. Rating: [[7]]")}
+    assert len(server.requests) == 8
+
+
+@pytest.mark.parametrize(
+    "message, text",
+    [
+        ({"content": ["a", "b"]}, "ab"),
+        ({"content": {"type": "text", "text": "a"}}, "a"),
+        ({"content": [{"type": "text", "text": {"value": "a", "annotations": []}}]}, "a"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}, {"text": "a"}, 5, None]}, "a"),
+        ({"content": None, "refusal": "I cannot."}, "I cannot."),
+        ({"content": [{"type": "refusal", "refusal": "I cannot."}]}, "I cannot."),
+        ({"content": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_the_text_of_a_reply(message, text):
+    assert reply(json.dumps({"choices": [{"message": message}]}).encode()) == text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[1]", b"{}", b'{"choices": [{"message": "a"}]}', b"[" * 100000])
+def test_what_is_no_reply(content):
+    with pytest.raises(ValueError, match="no chat completion"):
+        reply(content)
+
+
+# ------------------------------------------------------------------------------------------------- the key
+
+LONG = "sk-pröj/AbCd+1234567=890".replace("ö", "o")
+FORMS = {
+    "plain": LONG,
+    "folded": LONG.upper(),
+    "cut off": LONG[:12],
+    "in an address": urllib.parse.quote(LONG, safe=""),
+    "in Base64": base64.b64encode(LONG.encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_key_is_masked_in_every_form(form):
+    shown = masked(f"Bearer {FORMS[form]}, and more", LONG)
+    assert shown.startswith("Bearer ***") and shown.endswith(", and more")
+    assert not any(FORMS[form][at : at + 8] in shown for at in range(len(FORMS[form]) - 7))
+
+
+def test_a_short_key_garbles_no_words():
+    assert masked("a broken token, not taken: ken.", "ken") == "a broken token, not taken: ***."
+    assert masked("ken", "ken", words=False) == "ken" and masked("a text", "") == "a text"
+
+
+ECHOES = {
+    "redirect": fails(302, "moved", [("Location", f"https://elsewhere/?key={KEY}")]),
+    "refusal": fails(401, f"who is {KEY}"),
+    "page": sends(f"<html>{'x' * 70} Authorization: Bearer {KEY}".encode()),
+    "page that is cut": sends(f"{'x' * 460}{KEY}".encode(), 500),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_an_endpoint_that_echoes_the_key_does_not_show_it(echo, server, command, capsys):
+    server.script = [ECHOES[echo]] * 2
+    with pytest.raises(ValueError) as caught:
+        main(command("--tries", "2"))
+    shown = "".join(capsys.readouterr()) + str(caught.value)
+    assert KEY[:8] not in shown and "***" in shown
+
+
+def test_a_judgment_that_echoes_the_key_is_kept_without_it(server, command):
+    server.script = [says(f"You sent {KEY}. Rating: [[7]]")]
+    path = main(command())
+    assert read_judgments(path)[0].judgment == "You sent ***. Rating: [[7]]" and KEY not in path.read_text()
+
+
+def test_a_key_that_is_a_number_leaves_the_ratings_alone(server, command, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "7")
+    server.script = [says("Rating: [[7]]")] * 8
+    assert {judgment.score for judgment in read_judgments(main(command("--turns", "1")))} == {7}
+
+
+def test_without_the_client_the_way_out_is_named(server, command, monkeypatch):
+    monkeypatch.setattr(mt_bench_judge.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'pip install "vblora\[instruct\]"'):
+        main(command())
+    main([*command(), "--plan"])
+
+
+# ------------------------------------------------------------------------------------------ two at once
+
+
+def test_two_commands_at_once_pay_once(server, command, expected, answers):
+    server.hold = 0.02
+    script = str(ROOT / "instruction_tuning" / "mt_bench_judge.py")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    calls = [command(), command(), command("--turns", "2", files=answers[1:])]
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, *call], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for call in calls
+    ]
+    ended = [(process.communicate(), process.returncode) for process in started]
+    assert [code for _, code in ended] == [0, 0, 0], ended
+    path = answers[0].parents[1] / "model_judgment" / "gpt-4_single.jsonl"
+    assert outcome(path) == expected and len(server.requests) == 16
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_plan_reads_a_file_that_is_being_written(server, command, capsys):
+    path = main(command())
+    with path.open("a") as file:
+        file.write('{"question_id": 8')
+    before = path.read_bytes()
+    main([*command(), "--plan"])
+    assert "16 of 16 judgments are there already" in capsys.readouterr().out and path.read_bytes() == before
 
 
 def test_it_gives_up_after_so_many_tries_and_goes_on_later(server, command, expected):

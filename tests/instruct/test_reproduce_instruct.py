@@ -15,8 +15,8 @@ import mt_bench
 import reproduce_instruct
 from instruct_rows import row
 from reproduce_instruct import Instructions, Trial
-from vblora.files import read_json
-from vblora.training import campaign
+from vblora.io import read_json
+from vblora_experiments import campaign
 
 TABLE = Instructions()
 

@@ -84,6 +84,34 @@ def test_a_number_is_read_exactly(text, value):
         ("The answer is: unknown\n#### 12", "12", "####"),
         ("It is $\\boxed{12}$, not 13.", "12", "box"),
         ("It is 12.", None, "no answer"),
+        # what stands last counts
+        ("So the answer is 3 for one day, and there are 6.\n3 * 6 = 18\n#### 18", "18", "####"),
+        ("The answer is 3 for one.\nIn all it is \\boxed{18}.", "18", "marker"),
+        ("#### 3 a day\nIn all $\\boxed{18}$.", "18", "box"),
+        ("It is \\boxed{3} a day.\n#### 18", "18", "####"),
+        ("#### 18\nSo the answer is correct.", "18", "####"),
+        ("The answer is: 18\nI hope the answer is of help.", "18", "marker"),
+        ("The answer is: 18. Check: 20 - 2 = 20 - 1 - 1", "18", "marker"),
+        # thoughts
+        ("<think>maybe the answer is 5? No.</think>She has 18.\n#### 18", "18", "####"),
+        ("<think>maybe the answer is 5?</think>She has 18.", None, "no answer"),
+        ("maybe the answer is 5?\n</think>\nThe answer is 18.", "18", "marker"),
+        ("<think>\nThe answer is 5, or", None, "no answer"),
+        ("#### 18\n<reasoning>or #### 5</reasoning>", "18", "####"),
+        (
+            "<|channel|>analysis<|message|>The answer is 5<|end|><|channel|>final<|message|>The answer is 18",
+            "18",
+            "marker",
+        ),
+        # a text that runs on
+        ("The answer is: 18\n\n### Instruction:\nTom has 1.\n\n### Response:\nThe answer is: 2", "18", "marker"),
+        ("#### 18\n\nQuestion: Tom has 1.\nAnswer: #### 2", "18", "####"),
+        ("\\boxed{18}\n\nQ: Tom has 1.\nA: The answer is 2.", "18", "box"),
+        ("The answer is 18.<|im_end|>\n<|im_start|>user\n1 + 1?<|im_end|>\nThe answer is 2.", "18", "marker"),
+        ("The answer is 18.</s> [INST] 1 + 1? [/INST] The answer is 2.", "18", "marker"),
+        ("#### 18\nBelow is an instruction that describes a task.\n#### 2", "18", "####"),
+        ("### Response:\nThe answer is: 18", "18", "marker"),
+        ("Question 1: a day? The answer is 3.\nQuestion 2: six days? The answer is 18.", "18", "marker"),
         ("", None, "no answer"),
     ],
 )
@@ -126,7 +154,13 @@ def test_a_gsm8k_reference_without_a_number_is_an_error():
     ("text", "answer", "place"),
     [
         ("The answer is: $\\frac{1}{2}$.", "\\frac{1}{2}", "marker"),
-        ("The answer is: (1, 2). Done", "(1, 2). Done", "marker"),
+        ("The answer is: (1, 2). Done", "(1, 2)", "marker"),
+        ("The answer is: $\\text{Dr. Who}$. Done", "\\text{Dr. Who}", "marker"),
+        ("The answer is: $\\$40$. So it is.", "$\\$40$", "marker"),
+        ("So $\\boxed{2}$. The answer is positive, because both of them are.", "2", "box"),
+        ("The answer is neither one nor the other.", "neither one nor the other", "marker"),
+        ("The answer is: \\text{St. Ives}", "\\text{St. Ives}", "marker"),
+        ("The answer is 3 for one.\nSo $\\boxed{\\frac12}$.\n### Instruction: $\\boxed{2}$", "\\frac12", "marker"),
         (
             "The answer is \\begin{pmatrix} 1 \\\\\n 2 \\end{pmatrix}.\nDone",
             "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
@@ -368,6 +402,32 @@ def test_a_pair_that_takes_too_long_is_wrong_and_the_next_ones_are_judged():
         Verdict(False, judge_workers.TIMED_OUT),
         Verdict(False),
     ]
+
+
+@pytest.mark.parametrize("rule", ["authors", "corrected"])
+def test_a_pair_that_takes_too_much_memory_is_wrong_and_the_next_ones_are_judged(rule):
+    pytest.importorskip("math_verify")
+    pytest.importorskip("resource")
+    large = [Pair("authors", text, "5") for text in ("[0]*8*10**8", "(0,)*8*10**8", "[1,2]*8*10**8")]
+    right = Pair(rule, "1/2", "\\frac{1}{2}")
+    assert judge_workers.judge([right, *large, right], workers=1) == [
+        Verdict(True),
+        *[Verdict(False, "needed more than 1024 MiB of memory")] * 3,
+        Verdict(True),
+    ]
+
+
+def test_a_pair_short_of_memory_in_a_used_worker_is_judged_in_a_new_one(monkeypatch):
+    replies = iter([Verdict(True), Verdict(False, judge_workers.OUT_OF_MEMORY), Verdict(True), Verdict(True)])
+
+    def judged(self, pair, time_limit):
+        self._process = object()
+        return next(replies)
+
+    monkeypatch.setattr(judge_workers._Worker, "_judged", judged)
+    monkeypatch.setattr(judge_workers._Worker, "end", lambda self: None)
+    pairs = [Pair("authors", str(n), "5") for n in range(3)]
+    assert judge_workers.judge(pairs, workers=1) == [Verdict(True)] * 3
 
 
 def test_without_math_verify_the_way_out_is_named(monkeypatch):

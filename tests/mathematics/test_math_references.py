@@ -68,6 +68,7 @@ def test_blank_lines_and_marks_at_the_start_are_left_out(tmp_path):
         ([GSM8K | {"answer": 5}], "line 1: question and answer must be texts"),
         ([MATH, MATH | {"output": "5"}], r"line 2: output has no reference answer: it lacks a \\boxed"),
         ([MATH | {"output": "\\boxed{}"}], "line 1: output has no reference"),
+        ([MATH | {"level": [[]]}], "line 1: level must be a text"),
     ],
 )
 def test_malformed_rows_are_named(tmp_path, rows, message):
@@ -88,6 +89,14 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         math_references.read(tmp_path / "one.json")
 
 
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000], ids=["deep", "a long number"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_json_that_python_cannot_read_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.*: not JSON"):
+        math_references.read(tmp_path / name)
+
+
 def test_a_set_on_the_hub_is_all_its_parts(monkeypatch):
     asked = []
 
@@ -96,7 +105,7 @@ def test_a_set_on_the_hub_is_all_its_parts(monkeypatch):
         return [{"problem": part, "solution": "\\boxed{1}", "type": part, "level": "Level 1"}]
 
     monkeypatch.setattr(math_references, "_load_part", load)
-    monkeypatch.setattr("vblora.training.commands.hub_in_reach", lambda: True)
+    monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: True)
     problems = math_references.read("EleutherAI/hendrycks_math")
     assert len(problems) == len(asked) == 7
     assert [problem.number for problem in problems] == [1, 2, 3, 4, 5, 6, 7]

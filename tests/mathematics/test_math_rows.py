@@ -14,9 +14,9 @@ import math_rows
 import run_math
 from math_rows import METHODS, MODELS, ROWS, row
 from vblora.methods.switch import field_names
-from vblora.paper_counts import MODELS as SHAPES
-from vblora.paper_counts import ways_to_print
-from vblora.training import estimate, instruct
+from vblora_experiments import estimate, instruct
+from vblora_experiments.paper_counts import MODELS as SHAPES
+from vblora_experiments.paper_counts import ways_to_print
 
 FOLDER = Path(math_rows.__file__).parent
 PAPER = {
@@ -46,8 +46,8 @@ def test_vb_loras_rows_are_the_papers(model):
 
 @pytest.mark.parametrize(("model", "method"), math_paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.counting import METHODS as COUNTS
-    from vblora.counting import count_full
+    from vblora.shapes import METHODS as COUNTS
+    from vblora.shapes import count_full
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"mistral_7b": "Mistral-7B", "gemma_7b": "Gemma-7B"}[model]]

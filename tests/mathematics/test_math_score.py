@@ -144,6 +144,14 @@ def test_the_command_prints_and_writes(tmp_path, score_command, capsys):
     }  # fmt: skip
 
 
+def test_an_output_with_half_a_character_is_listed(tmp_path, score_command):
+    files = write_gsm8k(tmp_path)
+    Path(files[0]).write_text('"The answer is: 1800 \\ud800"\n' * 5)  # 18 by the authors' rule
+    score_command.main([*files, "--list", str(tmp_path / "l.jsonl")])
+    first = json.loads((tmp_path / "l.jsonl").read_text().splitlines()[0])
+    assert (first["number"], first["corrected"]) == (1, "1800 \ud800")
+
+
 def test_unequal_counts_are_one_line_that_names_both_files(tmp_path):
     outputs, problems = write_gsm8k(tmp_path)
     Path(outputs).write_text('"5"\n')

@@ -14,8 +14,8 @@ import math_paper
 import reproduce_math
 from math_rows import row
 from reproduce_math import Mathematics
-from vblora.files import read_json
-from vblora.training import campaign
+from vblora.io import read_json
+from vblora_experiments import campaign
 
 TABLE = Mathematics()
 

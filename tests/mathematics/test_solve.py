@@ -16,10 +16,10 @@ import finetune_math
 import generate_problems
 import solve
 from math_references import read
+from vblora import models
 from vblora.cli import main as vblora_command
-from vblora.files import read_json
-from vblora.training import causal
-from vblora.training.sampling import spaced
+from vblora.io import read_json
+from vblora.sampling import spaced
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,9 @@ def test_a_run_that_was_trained_on_four_bits_is_merged_into_what_they_stand_for(
     for name, more in (("quantised", []), ("original", ["--original_weights"])):
         merge = ["merge", str(out), str(tmp_path / name), "--model_name_or_path", str(wide), *more]
         assert vblora_command(merge) == 0
-    ours, plain = (causal.load_model(str(tmp_path / name)).state_dict() for name in ("quantised", "original"))
-    reference = causal.load_model(str(wide), "float32", 4).dequantize().state_dict()
-    base = causal.load_model(str(wide)).state_dict()
+    ours, plain = (models.load_model(str(tmp_path / name)).state_dict() for name in ("quantised", "original"))
+    reference = models.load_model(str(wide), "float32", 4).dequantize().state_dict()
+    base = models.load_model(str(wide)).state_dict()
     name = "model.layers.0.self_attn.q_proj.weight"
     update = plain[name] - base[name]
     assert update.abs().max() > 0 and (ours[name] - reference[name] - update).abs().max() < 1e-5

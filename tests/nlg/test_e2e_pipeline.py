@@ -20,9 +20,10 @@ import generation
 import train
 from causal_text import prompts
 from e2e_data import Example, group, load_split
-from vblora.files import read_json, read_tensors
-from vblora.training import causal
-from vblora.training.causal import load_tokenizer
+from vblora import models
+from vblora.io import read_json, read_tensors
+from vblora.models import load_tokenizer
+from vblora_experiments import causal
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2"],
@@ -64,7 +65,7 @@ def test_gpt2s_fused_layer_is_adapted_as_q_k_and_v_unless_told_otherwise(flags, 
 
 
 def test_the_loss_is_over_the_reference_and_the_end(models_by_kind):
-    tokenizer = causal.load_tokenizer(str(models_by_kind["gpt2"]))
+    tokenizer = models.load_tokenizer(str(models_by_kind["gpt2"]))
     (row,) = causal_text.encode([Example("name : Luna", "Luna is a pub.")], tokenizer, 100)
     labelled = [token for token, label in zip(*row, strict=True) if label != -100]
     assert tokenizer.decode(labelled) == " Luna is a pub.<|endoftext|>"
@@ -80,7 +81,7 @@ def test_label_smoothing_counts_reference_tokens_alone(models_by_kind, restauran
     """Trainer's smoothed loss, against the definition."""
     training = TrainingArguments(str(tmp_path), label_smoothing_factor=train.DEFAULTS["label_smoothing_factor"])
     name = str(models_by_kind["gpt2"])
-    model, tokenizer = causal.load_model(name), causal.load_tokenizer(name)
+    model, tokenizer = models.load_model(name), models.load_tokenizer(name)
     rows = causal.EncodedRows(causal_text.encode(load_split("e2e", "train", restaurants)[:2], tokenizer, 512))
     batch = causal.Padded(tokenizer.pad_token_id)([rows[0], rows[1]])
     trainer = Trainer(model=model.eval(), args=training)

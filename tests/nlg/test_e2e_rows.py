@@ -16,8 +16,8 @@ import run_e2e
 import train
 from e2e_rows import METHODS, MODELS, ROWS, row
 from vblora.methods.switch import field_names
-from vblora.paper_counts import MODELS as SHAPES
-from vblora.paper_counts import ways_to_print
+from vblora_experiments.paper_counts import MODELS as SHAPES
+from vblora_experiments.paper_counts import ways_to_print
 
 NLG = Path(e2e_rows.__file__).parent
 TABLE_8 = {
@@ -66,7 +66,7 @@ UNEXPLAINED = {("gpt2_medium", "lora"), ("gpt2_large", "lora"), ("gpt2_large", "
 
 @pytest.mark.parametrize(("model", "method"), [key for key in e2e_paper.PARAMETERS if key[1] != "full"])
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.counting import METHODS as COUNTS
+    from vblora.shapes import METHODS as COUNTS
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"gpt2_medium": "GPT-2-Medium", "gpt2_large": "GPT-2-Large"}[model]]

@@ -13,8 +13,8 @@ import reproduce_e2e
 import run_e2e
 from e2e_rows import row
 from reproduce_e2e import E2E, Trial
-from vblora.files import read_json
-from vblora.training import campaign
+from vblora.io import read_json
+from vblora_experiments import campaign
 
 TABLE = E2E()
 

@@ -16,8 +16,8 @@ import figures
 import table
 from experiments import Trial, ablation
 from figures import Point, Source
-from vblora.files import write_json, write_tensors
-from vblora.training.selection_log import read_log
+from vblora.io import write_json, write_tensors
+from vblora_experiments.selection_log import read_log
 
 LAYERS = [f"encoder.layer.{block}.attention.self.{module}" for block in range(6) for module in ("query", "value")]
 ROWS = 5  # sub-vectors in a factor: 6 blocks x 2 modules x 2 factors x 5 = 120 of them

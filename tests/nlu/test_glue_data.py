@@ -240,7 +240,7 @@ def test_rows_from_the_hub_are_the_rows_of_the_files(tmp_path, monkeypatch):
         for split, rows in (("train", RTE), ("validation", RTE[:2]))
     }
     asked = []
-    monkeypatch.setattr("vblora.training.commands.hub_in_reach", lambda: True)
+    monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: True)
     monkeypatch.setattr(glue_data.datasets, "load_dataset", lambda *names: asked.append(names) or hub)
     assert load_task("rte").fingerprint == load_task("rte", tmp_path).fingerprint
     assert asked == [("nyu-mll/glue", "rte")]

@@ -13,8 +13,8 @@ import paper
 import run_glue
 from hyperparameters import METHODS, MODELS, row
 from vblora.methods.switch import field_names
-from vblora.paper_counts import MODELS as SHAPES
-from vblora.paper_counts import ways_to_print
+from vblora_experiments.paper_counts import MODELS as SHAPES
+from vblora_experiments.paper_counts import ways_to_print
 
 NLU = Path(hyperparameters.__file__).parent
 TASKS = ("sst2", "mrpc", "cola", "qnli", "rte", "stsb")
@@ -97,8 +97,8 @@ def test_the_baselines_rows_are_their_papers(model, method):
 @pytest.mark.parametrize(("model", "method"), paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
     """But for two figures that no setting gives: RoBERTa-large qv and Tied-LoRA all on base (docs)."""
-    from vblora.counting import METHODS as COUNTS
-    from vblora.counting import count_full
+    from vblora.shapes import METHODS as COUNTS
+    from vblora.shapes import count_full
 
     flags = row(f"{model}/cola/{method}")
     shapes = SHAPES[{"roberta_base": "RoBERTa-base", "roberta_large": "RoBERTa-large"}[model]]

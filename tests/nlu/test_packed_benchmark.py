@@ -9,8 +9,8 @@ import pytest
 
 import run_glue
 import sizes
-from vblora.files import read_json
-from vblora.storage.packing import pack_directory
+from vblora.files.convert import pack_directory
+from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 

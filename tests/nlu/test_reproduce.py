@@ -14,8 +14,8 @@ import paper
 import reproduce
 import table
 from experiments import Trial
-from vblora.files import read_json, write_json
-from vblora.training import campaign
+from vblora.io import read_json, write_json
+from vblora_experiments import campaign
 
 GLUE = reproduce.Glue()
 

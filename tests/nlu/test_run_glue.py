@@ -18,9 +18,9 @@ import generate_cola
 import hyperparameters
 import run_glue
 import vblora
-from vblora.files import read_json, read_tensors
+from vblora.io import read_json, read_tensors
 from vblora.methods.vb_lora import read_bank
-from vblora.training import plans
+from vblora_experiments import plans
 
 NLU = Path(run_glue.__file__).parent
 SIZES = ["--num_vectors", "10", "--vector_length", "16", "--topk", "2"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vblora.adapter import Adapter
 from vblora.config import ScaledConfig, TensorSpec
-from vblora.counting import LayerShape
+from vblora.shapes import LayerShape
 from vblora.targets import full_weight
 
 

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vblora import counting
+from vblora import shapes as counts
 from vblora.adapter import Adapter
 from vblora.bank import Factors
 from vblora.config import ScaledConfig, TensorSpec
-from vblora.counting import Count, LayerShape
+from vblora.shapes import Count, LayerShape
 
 
 @dataclass(kw_only=True)
@@ -44,7 +44,7 @@ class TiedLoRAConfig(ScaledConfig):
         return pairs
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
-        return counting.count_tied_lora(shapes, r=self.r)
+        return counts.count_tied_lora(shapes, r=self.r)
 
 
 class TiedLoRA(Adapter, config=TiedLoRAConfig):
@@ -60,7 +60,7 @@ class TiedLoRA(Adapter, config=TiedLoRAConfig):
 
     def __init__(self, config: TiedLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
-        counting.count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
+        counts.count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
         for name, tensor_spec in config.spec(self.shapes, "full").items():
             fill = torch.zeros if name.startswith("factor") else torch.ones
             self.register_parameter(name, nn.Parameter(fill(tensor_spec.shape)))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
-from vblora.files import read_tensors
+from vblora.files import packed
+from vblora.files.directory import TENSOR_FILE
+from vblora.files.peft_format import BANK
+from vblora.io import read_tensors
 from vblora.logits import LogitTable, draw, register_owner
-from vblora.storage import TENSOR_FILE, packed
-from vblora.storage.peft_format import BANK
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora.storage import Content, fitting, packed, shared_bank
-from vblora.storage.container import deserialize
-from vblora.storage.lora_format import export
+from vblora.files import match, packed, shared_bank
+from vblora.files.container import deserialize
+from vblora.files.content import Content
+from vblora.files.lora import export
 
 # NAME.vblora.safetensors comes before NAME.safetensors.
 SUFFIXES = (".vblora.safetensors", ".safetensors")
@@ -80,7 +81,7 @@ class Expanded:
             self._models[base_model] = _empty_model(base_model)
         model = self._models[base_model]
         if model is not None:
-            fitting.find_layers(model, content, Path(name))
+            match.find_layers(model, content, Path(name))
 
 
 def _empty_model(name: str) -> nn.Module | None:

@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vblora.storage import Content, check_heads, head_tensors, packed, shared_bank
-from vblora.storage.fitting import find_layers
+from vblora.files import packed, shared_bank
+from vblora.files.content import Content, check_heads, head_tensors
+from vblora.files.match import find_layers
 from vblora.targets import find_saved, weight_of
 
 SUFFIX = ".safetensors"

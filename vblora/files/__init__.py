@@ -1,0 +1,1 @@
+"""Files of adapters, without a model: directories, packed files, plain LoRA."""

@@ -1,0 +1,265 @@
+"""An adapter in one small file: `vblora pack`. The format is written down in docs/packed_format.md.
+
+The file is a safetensors file, so that everybody's tools open it. Its names are those of our own format (and
+`head.<parameter>`); what differs is how the numbers are written (vblora.files.encoding), and that the header says
+everything that is needed to expand the adapter into plain factors without its base model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vblora.config import AdapterConfig, SelectionConfig, TensorSpec, VBLoRAConfig
+from vblora.files import shared_bank
+from vblora.files.container import FLOATS, Raw, checksum, deserialize, is_count, parse_json, serialize
+from vblora.files.content import Content, check_floats, check_tensors, outputs_of
+from vblora.files.decoding import SCALE_PREFIX, Reader
+from vblora.files.directory import HEAD_PREFIX
+from vblora.files.encoding import bits_for, pack_bits, to_int8, to_planes, to_steps
+from vblora.files.layer_names import compact, expand, fingerprint
+from vblora.io import replacing
+from vblora.shapes import LayerShape
+
+VERSION = 1
+HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
+FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TYPES = ("lossless", *FLOAT_TYPES, "int8")
+SHARED = "shared"
+WEIGHTS: tuple[str | int, ...] = ("lossless", 16, 8)
+KEYS = {"version", "method", "config", "layers", "fingerprint", "codes", "base_model", "init_seed", "conv1d"}
+
+
+def write(
+    content: Content,
+    path: str | Path,
+    *,
+    bank: str = "lossless",
+    weights: str | int = "lossless",
+    heads: str = "lossless",
+) -> int:
+    """Write an adapter, with its heads, as one packed file; what was there is replaced in one step.
+
+    Args:
+        content: what `Adapter.content` or `read` gave.
+        path: by convention NAME.vblora.safetensors.
+        bank: "lossless", "float32", "float16", "bfloat16" or "int8" (with a scale per vector). For the other methods
+            this is the type of all their tensors, and "int8" is refused. "shared": not in this file, but in one beside
+            it that is called by its checksum, once for all adapters that have the same bank.
+        weights: "lossless", 16 or 8: bits of a weight of the admixture.
+        heads: as `bank`, but not shared; int8 with a scale per row, for matrices only.
+
+    Returns:
+        The file's bytes, without those of a shared bank.
+
+    Raises:
+        ValueError: a setting that does not exist, or that cannot hold this adapter. Nothing is written then.
+    """
+    path = Path(path)
+    data = dumps(content, bank=bank, weights=weights, heads=heads)
+    if bank == SHARED:
+        shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+    return len(data)
+
+
+def read(path: str | Path) -> Content:
+    """The adapter in a packed file, all of it checked.
+
+    Raises:
+        ValueError: no such file, or it is damaged or no packed adapter; the message says what is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    try:
+        return loads(path.read_bytes(), lambda key: shared_bank.read_beside(path.parent, key))
+    except ValueError as error:
+        raise ValueError(f"{path} is no whole packed adapter: {error}") from error
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def dumps(
+    content: Content, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
+) -> bytes:
+    """The bytes that `write` writes."""
+    _check_settings(content.config, bank, weights, heads)
+    check_tensors(content.tensors, _spec(content.config, content.shapes))
+    raws: dict[str, Raw] = {}
+    codes: dict[str, Any] = {}
+    tensors = dict(content.tensors)
+    if weights != "lossless" and "topk_weights" in tensors:
+        tensors |= _heaviest_first(tensors["topk_indices"], tensors["topk_weights"])
+    for name, tensor in tensors.items():
+        if name == "topk_indices":
+            assert isinstance(content.config, VBLoRAConfig)
+            raws[name] = Raw.of(pack_bits(tensor.cpu(), bits_for(content.config.num_vectors)))
+        elif name == "topk_weights":
+            _put_weights(raws, codes, tensor, weights)
+        elif name == "vector_bank" and bank == SHARED:
+            codes[name] = [SHARED, shared_bank.key_of(tensor)]
+        else:
+            _put(raws, codes, name, tensor, bank)
+    for name, tensor in content.heads.items():
+        _put(raws, codes, HEAD_PREFIX + name, tensor, heads)
+    text = json.dumps(_header(content, codes), separators=(",", ":"), ensure_ascii=False)
+    return serialize(raws, {HEADER: text, CHECKSUM: checksum(text, raws)})
+
+
+def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads: str) -> None:
+    for what, value, known in (("bank", bank, (*TYPES, SHARED)), ("heads", heads, TYPES)):
+        if value not in known:
+            raise ValueError(f"{what} is one of {', '.join(known)}, not {value!r}")
+    if type(config) is not VBLoRAConfig and bank == SHARED:
+        raise ValueError(f"{config.method} has no bank to share")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is one of {', '.join(map(str, WEIGHTS))}, not {weights!r}")
+    if type(config) is not VBLoRAConfig and bank == "int8":
+        raise ValueError(f"int8 is offered for VB-LoRA's bank, not for {config.method}: use float16 or bfloat16")
+
+
+def _header(content: Content, codes: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: value for key, value in content.config.to_dict().items() if value is not None}
+    targets, names = settings["target_modules"], _names(content.shapes)
+    if isinstance(targets, list) and sorted(targets) == sorted(names):
+        del settings["target_modules"]  # as PEFT's format has them for "all-linear": hundreds of names, said in layers
+    header = {
+        "version": VERSION,
+        "method": content.config.method,
+        "config": settings,
+        "layers": compact(content.shapes),
+        "fingerprint": content.fingerprint,
+        "codes": codes,
+        "base_model": content.base_model,
+        "init_seed": content.init_seed,
+        "conv1d": content.conv1d or None,
+    }
+    return {key: value for key, value in header.items() if value is not None}
+
+
+def _heaviest_first(indices: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """The same selections with the k weights of each row in falling order, as steps need them; in float64."""
+    first = weights.cpu().double().clamp(min=0)  # (N, k - 1)
+    every = torch.cat([first, (1 - first.sum(-1, keepdim=True)).clamp(min=0)], dim=1)
+    ordered, order = every.sort(dim=-1, descending=True, stable=True)
+    return {"topk_indices": indices.cpu().long().gather(1, order), "topk_weights": ordered[:, :-1]}
+
+
+def _put_weights(raws: dict[str, Raw], codes: dict[str, Any], tensor: Tensor, weights: str | int) -> None:
+    if tensor.shape[1] == 0:
+        return
+    if isinstance(weights, str):
+        _put(raws, codes, "topk_weights", tensor, weights)
+        return
+    steps = to_steps(tensor, weights)
+    raws["topk_weights"] = Raw.of(steps.to(torch.uint8) if weights == 8 else _as_uint16(steps))
+    codes["topk_weights"] = "steps"
+
+
+def _put(raws: dict[str, Raw], codes: dict[str, Any], name: str, tensor: Tensor, setting: str) -> None:
+    """Write one tensor as its setting asks; what are no floats, and vectors instead of int8, as they are."""
+    if not tensor.is_floating_point():
+        raws[name] = Raw.of(tensor)
+        return
+    check_floats(name, tensor)
+    if setting in FLOAT_TYPES:
+        rounded = tensor.detach().to(FLOAT_TYPES[setting])
+        if not torch.isfinite(rounded).all():
+            raise ValueError(f"{name} has numbers that {setting} cannot hold: use bfloat16, float32 or lossless")
+        raws[name] = Raw.of(rounded)
+    elif setting == "int8" and tensor.dim() > 1:
+        whole, scale = to_int8(tensor)
+        raws[name], raws[SCALE_PREFIX + name] = Raw.of(whole), Raw.of(scale)
+        codes[name] = "int8"
+    else:
+        raws[name] = Raw.of(tensor)
+        if raws[name].dtype in FLOATS and (planes := to_planes(tensor)) is not None:
+            codes[name] = [raws[name].dtype, *tensor.shape]
+            raws[name] = Raw("U8", (len(planes),), planes)
+
+
+def _as_uint16(steps: Tensor) -> Tensor:
+    return torch.where(steps < 2**15, steps, steps - 2**16).to(torch.int16).view(torch.uint16)
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Content:
+    """The adapter in a packed file's bytes, all of it checked.
+
+    No number of the file is believed before the bytes behind it are counted: reading takes memory in proportion to
+    the file (the factors, which `Content.factors` makes, are larger).
+
+    Args:
+        data: the file's bytes.
+        bank_of: gives a shared bank by its key, as `shared_bank.read_beside`; without it such a file is refused.
+
+    Raises:
+        ValueError: the bytes are damaged, or no packed adapter.
+    """
+    raws, metadata = deserialize(data)
+    if HEADER not in metadata:
+        raise ValueError(f"a safetensors file without {HEADER!r} in its metadata, so no packed adapter")
+    header = parse_json(metadata[HEADER])
+    if not isinstance(header, dict) or not is_count(header.get("version")):
+        raise ValueError(f"{HEADER!r} in the metadata has no version")
+    if header["version"] != VERSION:
+        raise ValueError(f"format version {header['version']}; this program reads version {VERSION}: update it")
+    if metadata.get(CHECKSUM) != checksum(metadata[HEADER], raws):
+        raise ValueError("the checksum is not that of the content: the file is damaged")
+    json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeError, a ValueError
+    _check_header(header)
+    stored_bytes = sum(len(raw.data) for raw in raws.values())
+    shapes = expand(header["layers"], 8 * stored_bytes, 16 * len(data) + 2**16)
+    config = _read_config(header, _names(shapes))
+    if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
+        raise ValueError("the fingerprint is not that of the layers")
+    reader = Reader(raws, header["codes"], bank_of)
+    tensors = {name: reader.take(name, spec) for name, spec in _spec(config, shapes).items()}
+    heads = {name.removeprefix(HEAD_PREFIX): reader.head(name) for name in list(raws) if name.startswith(HEAD_PREFIX)}
+    reader.require_empty()
+    check_tensors(tensors, _spec(config, shapes))
+    base, seed = header.get("base_model"), header.get("init_seed")
+    return Content(config, shapes, tensors, heads, base, seed, header.get("conv1d", False), reader.stored)
+
+
+def _check_header(header: dict[str, Any]) -> None:
+    if unknown := sorted(header.keys() - KEYS):
+        raise ValueError(f"unknown keys in the header: {', '.join(unknown[:5])}")
+    kinds: dict[str, Any] = {"method": str, "config": dict, "layers": list, "fingerprint": str, "codes": dict}
+    optional = {"base_model": str, "conv1d": bool, "init_seed": int}
+    for key, kind in (kinds | optional).items():
+        if key not in header and key in kinds:
+            raise ValueError(f"the header has no {key!r}")
+        if key in header and type(header[key]) is not kind:
+            raise ValueError(f"the header's {key!r} is {type(header[key]).__name__}, not {kind.__name__}")
+    if not -(2**63) <= header.get("init_seed", 0) < 2**64:
+        raise ValueError("the header's init_seed is no seed")
+
+
+def _names(shapes: Sequence[LayerShape]) -> list[str]:
+    return [shape.name for shape in shapes]
+
+
+def _read_config(header: dict[str, Any], names: list[str]) -> AdapterConfig:
+    # The other selections are kept as plain VB-LoRA.
+    by_name = {name: config for name, config in AdapterConfig.known.items() if config is not SelectionConfig}
+    if header["method"] not in by_name:
+        raise ValueError(f"method {header['method']!r} is not one of {', '.join(sorted(by_name))}")
+    try:
+        return by_name[header["method"]].from_dict({"target_modules": names, **header["config"]})
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the settings are damaged: {error}") from error
+
+
+def _spec(config: AdapterConfig, shapes: Sequence[LayerShape]) -> dict[str, TensorSpec]:
+    return config.spec(shapes, "topk")

@@ -1,0 +1,67 @@
+"""One bank for many adapters: a further adapter is its indices and weights alone.
+
+The bank is the larger part of an adapter of a small model. Trained once and then frozen, it serves any number of tasks
+or users, whose logits alone differ (the paper shares it between layers and modules; between adapters is this
+project's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vblora.io import read_tensors, write_tensors
+
+SUFFIX = ".bank.safetensors"
+
+
+# --- Packed adapters whose bank is in a file of its own --------------------------------------------------------------
+
+
+def key_of(bank: Tensor) -> str:
+    """SHA-256 of the bank's numbers in float32, row by row, little-endian: what a packed file knows it by."""
+    return hashlib.sha256(bank.detach().float().cpu().contiguous().numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def is_key(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def file_of(key: str) -> str:
+    """The name of the file that holds the bank with this key."""
+    return key[:16] + SUFFIX
+
+
+def write_beside(folder: Path, bank: Tensor) -> None:
+    """Write the bank into the folder, under its name, unless it is there."""
+    path = folder / file_of(key_of(bank))
+    if not path.exists():
+        write_tensors(path, {"vector_bank": bank.detach().float()}, {})
+
+
+def read_beside(folder: Path, key: str) -> Tensor:
+    """The bank with this key from its file in the folder.
+
+    Raises:
+        ValueError: no such file, or it holds another bank.
+    """
+    path = folder / file_of(key)
+    tensors, _ = read_tensors(path)
+    return checked(tensors, key, str(path))
+
+
+def checked(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:
+    """The bank among a file's tensors, if it is the one with this key.
+
+    Raises:
+        ValueError: it is not; the message has the file's name.
+    """
+    bank = tensors.get("vector_bank")
+    if bank is None or bank.dtype != torch.float32 or bank.ndim != 2 or key_of(bank) != key:
+        raise ValueError(f"{name} does not hold the bank that its name says")
+    return bank

@@ -1,0 +1,65 @@
+"""Loading what may come from the hub, and a way out where the hub is out of reach."""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+Loaded = TypeVar("Loaded")
+HUB_PATIENCE = 4.0  # seconds to wait for the hub's first answer
+
+
+def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
+    """Load a model or data set that may come from the hub; say which flag to use where it cannot be had.
+
+    Args:
+        load: does the loading.
+        what: the local path or the name on the hub.
+        flag: the flag, with its argument, that a user without the hub needs.
+
+    Raises:
+        ValueError: `what` is no local path and the hub is out of reach or does not have it, or it is a local
+            path and does not hold what it should.
+    """
+    local = Path(what).exists()
+    reachable = local or hub_in_reach()
+    try:
+        with contextlib.nullcontext() if reachable else _cache_only():
+            return load()
+    except (OSError, ValueError, RuntimeError) as error:
+        why = str(error).split("\n")[0] if reachable else "the hub cannot be reached and its cache has no copy"
+        raise ValueError(f"{what}: {why}" + ("" if local else f"; without the hub use {flag}")) from error
+
+
+def hub_in_reach() -> bool:
+    """Whether anything answers at the hub's address; an error page is an answer too."""
+    from huggingface_hub.constants import ENDPOINT
+
+    try:
+        with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_PATIENCE):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _cache_only() -> Iterator[None]:
+    """Let the libraries look into their cache only: left alone, they try an absent hub for most of a minute."""
+    import datasets
+    import huggingface_hub.constants
+
+    modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value

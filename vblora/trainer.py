@@ -1,0 +1,216 @@
+"""Hugging Face's Trainer with VB-LoRA's optimiser, and checkpoints that hold the adapter alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from vblora import sharding
+from vblora.adapter import Adapter, restore
+from vblora.methods import VBLoRA
+from vblora.methods.switch import Adapted, AnyAdapter
+from vblora.optim import AdamW, param_groups
+from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
+
+MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter
+# AdamW by bitsandbytes, for methods without selected logits: in pages that leave the GPU when it is full, or in 8 bits.
+OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
+
+
+class AdapterTrainer(Trainer):
+    """Trains an adapted model of any method.
+
+    Four things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
+    one of bitsandbytes' for a method that has no logits; a checkpoint of one of our adapters is the adapter in its full
+    form, not the whole model; and rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
+    batches; and DDP does not send the buffers of one of our adapters in every step.
+
+    Args:
+        adapted: what `vblora.methods.switch.apply_method` gave.
+        rates: learning rates beside `args.learning_rate`, as `vblora.param_groups` takes them.
+        args: the training arguments.
+        others: passed on to Trainer.
+    """
+
+    def __init__(
+        self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
+    ) -> None:
+        _check_arguments(args, adapted)
+        if isinstance(adapted.adapter, Adapter) and args.ddp_broadcast_buffers is None:
+            # VB-LoRA's follow from the seed and from what is trained, which are the same everywhere. Sending them in
+            # every step would cost more than the gradients.
+            args.ddp_broadcast_buffers = False
+        with _as_adapted(adapted):
+            super().__init__(model=adapted.model, args=args, **others)
+        self.adapter = adapted.adapter
+        self.rates = dict(rates)
+        self.recipe = adapted.recipe
+        if adapted.recipe is not None:
+            missing = {name: rate for name, rate in adapted.recipe.rates.items() if self.rates.get(name) is None}
+            # A bank that is frozen has no rate.
+            self.rates |= {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
+            if args.process_index == 0:
+                print(adapted.recipe)
+        self.add_callback(TrainingClock())
+        sharding.prepare(adapted, self.accelerator)
+        self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds spent training, over all sessions of the run."""
+        # Asked of the callback that is there now: Trainer makes a new one when it resumes.
+        return next(c.seconds for c in self.callback_handler.callbacks if isinstance(c, TrainingClock))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            groups = self._groups(model or self.model)
+            if _is_own(self.args):
+                self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            else:
+                kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+                self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self._by_length:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(_lengths(dataset), batch, seed)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return (
+            LongestFirstSampler(_lengths(eval_dataset)) if self._by_length else super()._get_eval_sampler(eval_dataset)
+        )
+
+    @property
+    def _by_length(self) -> bool:
+        return self.args.train_sampling_strategy == "group_by_length"
+
+    def _groups(self, model: nn.Module | None) -> list[dict[str, Any]]:
+        assert model is not None
+        return param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay, **self.rates)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not isinstance(self.adapter, Adapter):
+            super()._save(output_dir, state_dict)
+            return
+        directory = Path(output_dir or str(self.args.output_dir))
+        self.adapter.save(str(directory), form="full")
+        torch.save(self.args, directory / "training_args.bin")  # as Trainer does; never read back here
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, KeptWithCheckpoints):
+                callback.write(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.adapter, Adapter):
+            restore(self.adapter, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _lengths(dataset: Any) -> list[int]:
+    return [len(ids) for ids in dataset["input_ids"]]
+
+
+@contextlib.contextmanager
+def _as_adapted(adapted: Adapted) -> Iterator[None]:
+    """Let Trainer's check see that a quantised model has an adapter: by itself it knows PEFT's alone."""
+    if not isinstance(adapted.adapter, Adapter):
+        yield
+        return
+    before = getattr(adapted.model, MARK, False)
+    setattr(adapted.model, MARK, True)
+    try:
+        yield
+    finally:
+        setattr(adapted.model, MARK, before)
+
+
+def _trains_bank(adapter: AnyAdapter) -> bool:
+    return isinstance(adapter, VBLoRA) and adapter.vector_bank.requires_grad
+
+
+def _is_own(args: TrainingArguments) -> bool:
+    return str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch")
+
+
+def _check_arguments(args: TrainingArguments, adapted: Adapted) -> None:
+    """Refuse what this trainer would silently do otherwise."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if not _is_own(args):
+        if name not in OTHER_OPTIMISERS:
+            raise ValueError(f"--optim {name} is not offered: adamw_torch or one of {', '.join(OTHER_OPTIMISERS)}")
+        if isinstance(adapted.adapter, VBLoRA):
+            raise ValueError(
+                f"--optim {name} does not know VB-LoRA's logits, and its bank is small: leave it out (vblora.AdamW)"
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"--optim {name} needs bitsandbytes: pip install 'vblora[quant]'")
+    if args.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end does nothing: the best epoch's adapter is kept in best/")
+
+
+class KeptWithCheckpoints(TrainerCallback):
+    """A callback with a file of its own in every checkpoint."""
+
+    def write(self, directory: Path) -> None:
+        """Write the file into a checkpoint's directory."""
+        raise NotImplementedError
+
+
+class TrainingClock(TrainerCallback, ExportableState):
+    """Seconds spent in epochs, without the evaluations between them, over all sessions of one run."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._began: float | None = None  # None between epochs
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._stop()
+        self._began = None
+
+    def state(self) -> dict[str, Any]:
+        self._stop()  # a checkpoint within an epoch has the seconds up to it
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+    def _stop(self) -> None:
+        if self._began is not None:
+            now = time.perf_counter()
+            self.seconds, self._began = self.seconds + now - self._began, now
+
+
+class KeepBest(TrainerCallback):
+    """Saves the adapter whenever an evaluation beats all before it, as the paper takes each run's best epoch."""
+
+    def __init__(self, adapter: AnyAdapter, metric: str, directory: Path, form: str = "topk") -> None:
+        self.adapter = adapter
+        self.form = form
+        self.metric = f"eval_{metric}"
+        self.directory = directory
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        scores = [entry[self.metric] for entry in state.log_history if self.metric in entry]
+        if scores and scores[-1] > max(scores[:-1], default=float("-inf")):
+            self.adapter.save(str(self.directory), form=self.form)

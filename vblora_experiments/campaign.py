@@ -1,0 +1,377 @@
+"""A table of the paper as runs: plan them, run those that have no record yet, print the table of all records.
+
+A task folder brings a `Campaign`: which runs its tables are made of, the command of one run, and how records become a
+table. What is the same for all is here: options, skipping what is finished, estimates, devices, collecting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vblora.io import replacing, write_json
+from vblora_experiments import plans, records, schedule, tables
+from vblora_experiments.rows import Rows
+
+Found = tuple[Path, dict[str, Any]]  # a record, and its file
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a table: a row of the hyper-parameters, under some changes, for one seed.
+
+    Attributes:
+        row: its name, parts with "/" between, the model first and the method last.
+        variant: the name of the changes; "" for the row as it is.
+        changes: the changes, as flags of the run.
+        seed: of the run.
+        extra: flags that go to every run of a table.
+    """
+
+    row: str
+    variant: str = ""
+    changes: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def row_flags(self) -> dict[str, Any]:
+        """The flags that the row stands for now."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> str:
+        return self.row.split("/")[0]
+
+    @property
+    def method(self) -> str:
+        return self.row.split("/")[-1]
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        parts = [*self.row.split("/"), *self.marks()]
+        parts += [f"{flag}_{value}".replace("/", "_") for flag, value in self.extra.items()]
+        return "_".join(part for part in [*parts, f"seed{self.seed}"] if part)
+
+    def marks(self) -> list[str]:
+        """What the name says besides row, flags and seed."""
+        return [self.variant]
+
+    @property
+    def overrides(self) -> dict[str, str]:
+        """All flags beside the row's."""
+        return {**self.extra, **self.changes}
+
+    def is_of(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record is this trial's: of its row, flags and seed, and made with the numbers they have now."""
+        return (
+            record.get("row") == self.row
+            and record["overrides"] == self.overrides
+            and record["seed"] == self.seed
+            and not self.differences(record)
+        )
+
+    def differences(self, record: Mapping[str, Any]) -> list[str]:
+        """The flags whose values in the record are not those of the row and its changes."""
+        settings = record["settings"]
+        flags = {**self.row_flags(), **self.overrides}
+        # A record leaves out what is at its default.
+        known = settings if flags.keys() <= settings.keys() else {**plans.defaults(), **settings}
+        return [f for f, value in flags.items() if f in known and not _same(f, known[f], value)]
+
+
+def _same(flag: str, recorded: Any, value: Any) -> bool:
+    if flag == "model_name_or_path":  # a record has a local model's folder name
+        return str(recorded).rpartition("/")[2] == str(value).rpartition("/")[2]
+    try:
+        return float(recorded) == float(value)
+    except (TypeError, ValueError):
+        return str(recorded).lower() == str(value).lower()
+
+
+class Campaign(ABC):
+    """What a task folder brings to reproduce its tables.
+
+    Attributes:
+        description: what `--help` says first.
+        runs: where runs are kept unless `--runs` says otherwise.
+        kind: what its records say under "experiment".
+        filters: the options that are lists, of which nothing is taken twice.
+        folders: the options that must be folders where they are given.
+        own_flags: flags of a run that the plan decides, refused after "--".
+    """
+
+    description: str
+    runs: Path
+    kind: str
+    filters: tuple[str, ...] = ("sizes", "methods", "seeds")
+    folders: tuple[str, ...] = ("data_dir", "models_dir")
+    own_flags: frozenset[str] = frozenset({"row", "seed", "output_dir", "model_name_or_path", "data_dir"})
+
+    @abstractmethod
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the experiment's name and what filters it; "seeds" among them."""
+
+    @abstractmethod
+    def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> Sequence[Trial]:
+        """The trials of the experiment, under its filters. Raises ValueError for unknown names."""
+
+    @abstractmethod
+    def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
+        """Raise ValueError, before anything is run, for folders that do not hold what the runs need."""
+
+    @abstractmethod
+    def check_flags(self, command: list[str]) -> None:
+        """Raise ValueError for flags that the script of this command would refuse."""
+
+    @abstractmethod
+    def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
+        """The command of one run."""
+
+    @abstractmethod
+    def table(
+        self,
+        trials: Sequence[Any],
+        found: Sequence[dict[str, Any]],
+        options: argparse.Namespace,
+        extra: Mapping[str, str],
+    ) -> str | None:
+        """The table in `options.format`; None where no trial has a record."""
+
+    def title(self, options: argparse.Namespace) -> str:
+        """What the plan is headed with; "" for nothing."""
+        return ""
+
+    def starts(self, trials: Sequence[Any], options: argparse.Namespace) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The runs that others start from: all of them, and those that are not there yet."""
+        return (), ()
+
+    def estimate(self, trial: Any, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+        """Minutes that a run may take, and what that is taken from."""
+        of_row = [r["train_seconds"] / 60 for r in found if r.get("row") == trial.row]
+        return (median(of_row), "from this row's records") if of_row else (None, "")
+
+    @abstractmethod
+    def keep(self, trial: Any, record_file: Path, folder: Path) -> None:
+        """Copy what else of a run is worth keeping beside its record."""
+
+
+class RowCampaign(Campaign):
+    """A campaign whose rows are MODEL/METHOD and whose models may lie in --models_dir by their names.
+
+    Attributes:
+        rows: the table of numbers.
+        script: what runs one row.
+        passed_on: the options that go to the run as they are.
+    """
+
+    rows: Rows
+    script: Path
+    passed_on: tuple[str, ...]
+
+    def model_folder(self, trial: Trial, options: argparse.Namespace) -> Path:
+        """Of the trial's model in --models_dir."""
+        return options.models_dir / self.rows.models[trial.model].name_or_path.rpartition("/")[2]
+
+    def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
+        for trial in trials if options.models_dir else ():
+            if not (folder := self.model_folder(trial, options)).is_dir():
+                raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
+
+    def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
+        command = [sys.executable, str(self.script), "--row", trial.row, "--seed", str(trial.seed)]
+        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
+        for flag in self.passed_on:
+            command += [f"--{flag}", str(getattr(options, flag))] if getattr(options, flag) else []
+        command += ["--model_name_or_path", str(self.model_folder(trial, options))] if options.models_dir else []
+        command += [part for flag, value in extra.items() for part in (f"--{flag}", value)]
+        return schedule.Job(trial.name, command, options.runs / f"{trial.name}.log")
+
+
+def records_of(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The records of the trials by row, in the trials' order; rows without any are left out.
+
+    Raises:
+        ValueError: the records of a row were made on different numbers of rows, and are not to be averaged.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
+            groups.setdefault(trial.row, []).append(record)
+    for row, group in groups.items():
+        sizes = {(record.get("train_rows"), record.get("held_out_rows")) for record in group}
+        if len(sizes) > 1:
+            raise ValueError(f"the records of {row} were made on different data ({sizes}): remove those not meant")
+    return groups
+
+
+def note_of(extra: Mapping[str, str]) -> list[str]:
+    """The note below a table whose runs were all given further flags."""
+    return [f"With {' '.join(f'--{flag} {value}' for flag, value in extra.items())}."] if extra else []
+
+
+def seeds_of(group: Sequence[Any]) -> str:
+    """How many seeds, in words."""
+    return f"{len(group)} seed{'s' if len(group) > 1 else ''}"
+
+
+def run(campaign: Campaign, arguments: list[str]) -> None:
+    """Do what the command line says: run what is missing, collect, print the table.
+
+    Raises:
+        ValueError: wrong options; or runs that failed, after the table of the others.
+    """
+    arguments, extra = cut(arguments, campaign.own_flags)
+    options = parse(campaign, arguments)
+    trials = campaign.plan(options, extra)
+    found = records.read_files([*([options.runs] if options.runs.exists() else []), *options.records], campaign.kind)
+    problem = ""
+    if not options.no_runs:
+        problem = run_missing(campaign, trials, found, options, extra)
+        if options.plan:
+            return
+        found = records.read_files([options.runs, *options.records], campaign.kind)
+    if options.collect:
+        collect(campaign, trials, found, options.collect)
+    text = campaign.table(trials, [record for _, record in found], options, extra)
+    if text is not None:
+        print(text)
+        if options.output:
+            with replacing(options.output) as temporary:
+                temporary.write_text(text + "\n", encoding="utf-8")
+    elif not problem:
+        places = ", ".join(map(str, [options.runs, *options.records]))
+        problem = f"no record of {options.experiment} in {places}"
+    if problem:
+        raise ValueError(problem)
+
+
+def parse(campaign: Campaign, arguments: list[str]) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        prog="reproduce.sh", description=campaign.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    campaign.add_options(parser)
+    parser.add_argument("--models_dir", type=Path, help="folder with the models' folders, not the hub")
+    parser.add_argument("--jobs", type=int, help="processes at a time: all GPUs, or 1 on a CPU, unless given")
+    parser.add_argument("--runs", type=Path, default=campaign.runs, help="where runs are kept")
+    parser.add_argument("--records", nargs="+", type=Path, default=[], help="further folders with finished records")
+    parser.add_argument("--collect", type=Path, help="copy the records, and what else is kept, into this folder")
+    parser.add_argument("--plan", action="store_true", help="show the runs and stop")
+    parser.add_argument("--no_runs", action="store_true", help="the table of what has been run")
+    parser.add_argument("--format", choices=tables.FORMATS, default="markdown")
+    parser.add_argument("--output", type=Path, help="write the table to this file too")
+    options = parser.parse_args(arguments)
+    for name in campaign.filters:
+        if (values := getattr(options, name)) is not None:
+            setattr(options, name, list(dict.fromkeys(values)))  # nothing twice
+    if options.plan and options.no_runs:
+        raise ValueError("--plan and --no_runs exclude each other")
+    for name in campaign.folders:
+        folder = getattr(options, name)
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} {folder}: no such folder")
+    return options
+
+
+def run_missing(
+    campaign: Campaign,
+    trials: Sequence[Trial],
+    found: Sequence[Found],
+    options: argparse.Namespace,
+    extra: Mapping[str, str],
+) -> str:
+    """Show the plan, and run what has no record, unless --plan: what went wrong in a line, or "".
+
+    Raises:
+        ValueError: a run cannot start.
+    """
+    missing = [t for t in trials if not any(t.is_of(record) for _, record in found)]
+    starts, missing_starts = campaign.starts(missing, options)
+    to_do = [*missing_starts, *missing]
+    campaign.check_places(to_do, options)
+    slots = schedule.devices(options.jobs)
+    if title := campaign.title(options):
+        schedule.say_progress(title)
+    known = [record for _, record in found]
+    schedule.say_progress(describe(campaign, len(trials) + len(starts), to_do, known, len(slots)))
+    if options.plan:
+        return ""
+    jobs = [campaign.job(t, options, extra) for t in to_do]
+    # A mistake in the flags would fail in every process: look at one run of each row and variant before.
+    for job in {(t.row, t.variant): j for t, j in zip(to_do, jobs, strict=True) if not j.after}.values():
+        campaign.check_flags(job.command[2:])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+    failed = schedule.run_all(jobs, slots)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if not failed:
+        return ""
+    return (
+        f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; their logs are beside their folders in "
+        f"{options.runs}, and the table is of the others"
+    )
+
+
+def describe(
+    campaign: Campaign, count: int, missing: Sequence[Trial], found: Sequence[dict[str, Any]], slots: int
+) -> str:
+    """The plan for reading: of `count` runs those that are missing, how long each may take, and all together."""
+    lines = [f"{count} runs, of which {len(missing)} are to be done, {slots} at a time:"]
+    total, unknown = 0.0, 0
+    for trial in missing:
+        minutes, source = campaign.estimate(trial, found)
+        total += minutes or 0
+        unknown += minutes is None
+        length = "     ? min" if minutes is None else f"{minutes:6.0f} min ({source})"
+        lines.append(f"  {trial.name:<56} {length}")
+    if missing:
+        guess = f" and {unknown} of unknown length" if unknown else ""
+        known = f"together {total / 60:.1f} hours{guess}, over {slots}: {total / 60 / slots:.1f} hours"
+        lines.append(known if unknown < len(missing) else "how long they take is not known")
+    return "\n".join(lines)
+
+
+def collect(campaign: Campaign, trials: Sequence[Trial], found: Sequence[Found], folder: Path) -> None:
+    """Copy every record of these trials, and what else the campaign keeps, into a folder."""
+    for trial in trials:
+        one = next(((path, record) for path, record in found if trial.is_of(record)), None)
+        if one is not None:
+            path, record = one
+            write_json(folder / f"{trial.name}.json", record)
+            campaign.keep(trial, path, folder)
+
+
+def cut(arguments: list[str], own: frozenset[str]) -> tuple[list[str], dict[str, str]]:
+    """The script's own arguments, and the flags after "--".
+
+    Raises:
+        ValueError: a flag without a value, or one that would undo the plan.
+    """
+    if "--" not in arguments:
+        return arguments, {}
+    at = arguments.index("--")
+    rest = plans.split(arguments[at + 1 :])
+    if len(rest) % 2 or not all(flag.startswith("--") for flag in rest[::2]):
+        raise ValueError(f'after "--" come flags with one value each, such as --bf16 true, not {" ".join(rest)}')
+    names = [flag.removeprefix("--").replace("-", "_") for flag in rest[::2]]
+    if undone := [name for name in names if name in own]:
+        raise ValueError(f'--{undone[0]} after "--" would undo the plan: use the options before it (--help)')
+    return arguments[:at], dict(zip(names, rest[1::2], strict=True))
+
+
+def real_flags(extra: Mapping[str, str]) -> dict[str, str]:
+    """Of the flags that go to every run those that make another experiment of it."""
+    return {flag: value for flag, value in extra.items() if flag not in records.NEUTRAL}
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
