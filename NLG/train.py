@@ -31,9 +31,9 @@ from e2e_data import SETS, Example, Group, fingerprint, group, load_split
 from e2e_rows import COMMON
 from vblora.adapter import Adapter
 from vblora.io import folder_fingerprint, read_json, write_json
-from vblora.methods.switch import OWN_METHODS, Adapted, apply_method, read_config_file
 from vblora.models import TRAINING_FILE, load_model, load_tokenizer, model_name, torch_dtype
 from vblora.sampling import spaced
+from vblora.switch import OWN_METHODS, Adapted, apply_method, read_config_file
 from vblora.trainer import AdapterTrainer
 from vblora_experiments import commands, plans, records
 from vblora_experiments.arguments import MethodArguments, given

@@ -38,10 +38,10 @@ from vblora.adapter import Adapter
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint
 from vblora.methods import SelectionVBLoRA, VBLoRA
-from vblora.methods.switch import Adapted, AnyAdapter, apply_method, read_config_file
 from vblora.methods.vb_lora import read_bank, use_bank
 from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
+from vblora.switch import Adapted, AnyAdapter, apply_method, read_config_file
 from vblora.trainer import AdapterTrainer, KeepBest
 from vblora_experiments import commands, plans, records
 from vblora_experiments.arguments import MethodArguments, given

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import vblora
 from vblora import shapes as counts
-from vblora.methods.switch import FullFineTuning, apply_method, field_names, parse_settings
 from vblora.methods.through_peft import PeftAdapter, peft_config
+from vblora.switch import FullFineTuning, apply_method, field_names, parse_settings
 from vblora.targets import find_targets, layer_shapes
 
 TARGETS = {"target_modules": ["query", "value"]}

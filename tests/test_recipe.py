@@ -12,8 +12,8 @@ from core_helpers import build, make_batch, run
 import vblora
 from vblora.files.directory import read_config
 from vblora.logits import draw
-from vblora.methods.switch import RECIPE, own_config
 from vblora.shapes import count_vblora
+from vblora.switch import RECIPE, own_config
 from vblora.targets import find_targets, layer_shapes
 from vblora_experiments.arguments import MethodArguments, given
 
@@ -155,7 +155,7 @@ def test_its_groups_train_the_adapter():
     model = build("bert")
     chosen = vblora.recipe(model, ["query", "value"], modules_to_save=["classifier"], num_vectors=16)
     adapter = vblora.attach(model, chosen.config)
-    groups = vblora.param_groups(model, lr=1e-3, weight_decay=0.1, **chosen.rates)
+    groups = chosen.param_groups(model, lr=1e-3, weight_decay=0.1)
     rates = {group["name"]: group["lr"] for group in groups}
     assert rates["vector_bank"] == chosen.rates["lr_vector_bank"] and rates["weights"] == 1e-3
     optimizer, before = vblora.AdamW(groups), adapter.vector_bank.detach().clone()

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vblora
 from vblora import sharding
-from vblora.methods.switch import Adapted, FullFineTuning
+from vblora.switch import Adapted, FullFineTuning
 
 WORLD = 2
 STEPS = 6

@@ -9,7 +9,7 @@ import pytest
 
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint, read_json, write_json
-from vblora.methods.switch import parse_settings
+from vblora.switch import parse_settings
 from vblora.trainer import KeepBest
 from vblora_experiments import commands, records
 from vblora_experiments.arguments import MethodArguments

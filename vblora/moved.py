@@ -17,6 +17,7 @@ from types import ModuleType
 MOVED = {
     "vblora.counting": "vblora.shapes",
     "vblora.paper_counts": "vblora_experiments.paper_counts",
+    "vblora.methods.switch": "vblora.switch",
     "vblora.methods.peft_bridge": "vblora.methods.through_peft",
     "vblora.methods.vb_lora_selection": "vblora.methods.selection_rules",
     "vblora.storage": "vblora.files.directory",

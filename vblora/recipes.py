@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vblora import shapes as counting
+from vblora import shapes as counts
 from vblora.config import VBLoRAConfig
+from vblora.optim import param_groups
 from vblora.shapes import Count, LayerShape
 from vblora.targets import find_targets, layer_shapes
 
@@ -70,6 +71,10 @@ class Recipe:
     max_grad_norm: float
     stored: Count
     choices: tuple[Choice, ...]
+
+    def param_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+        """`vblora.param_groups` of the adapted model with the recipe's rates; `lr` is the head's."""
+        return param_groups(model, lr, weight_decay=weight_decay, **self.rates)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for a record."""
@@ -140,7 +145,7 @@ def recipe(
     lora = LORA_RATE * LORA_RATE_WIDTH / width if lora_rate is None else lora_rate
     rates = {"lr_vector_bank": RATE * lora, "lr_logits": LOGITS_RATE if topk > 1 else 0.0}
     stored = config.count(shapes)
-    of_lora = counting.count_lora(shapes, r=r).parameters
+    of_lora = counts.count_lora(shapes, r=r).parameters
     reasons = [
         ("r", "rank of the factors, as LoRA's"),
         ("vector_length", why_b),
@@ -172,28 +177,28 @@ def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
 def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes: int | None) -> tuple[int, str]:
     """The largest bank within the budget."""
     if max_bytes is None:
-        most = counting.count_lora(shapes, r=r).parameters // SHARE_OF_LORA * counting.FLOAT32_BYTES
+        most = counts.count_lora(shapes, r=r).parameters // SHARE_OF_LORA * counts.FLOAT32_BYTES
         why = f"at most 1/{SHARE_OF_LORA} of LoRA's numbers"
     else:
         most, why = max_bytes, f"what {max_bytes:,} bytes hold"
 
     def size(h: int) -> int:
-        return counting.count_vblora(shapes, r=r, num_vectors=h, vector_length=b, topk=topk).bytes
+        return counts.count_vblora(shapes, r=r, num_vectors=h, vector_length=b, topk=topk).bytes
 
-    h = max(most // (counting.FLOAT32_BYTES * b), 1)
+    h = max(most // (counts.FLOAT32_BYTES * b), 1)
     while h >= 2 * topk and size(h) > most:
         h -= 1
     if h < 2 * topk:
         raise ValueError(
             f"{most:,} bytes hold no bank of {2 * topk} vectors of {b} numbers and the selection of "
-            f"{counting.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
+            f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
         )
     return h, why
 
 
 def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
     """The mean of 1 / in_features over the sub-vectors of A."""
-    tiles = [counting.tiles(shape.in_features, b) for shape in shapes]
+    tiles = [counts.tiles(shape.in_features, b) for shape in shapes]
     return sum(n / shape.in_features for n, shape in zip(tiles, shapes, strict=True)) / sum(tiles)
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vblora.methods import VBLoRA
-from vblora.methods.switch import Adapted
+from vblora.switch import Adapted
 
 
 def prepare(adapted: Adapted, accelerator: Any) -> None:

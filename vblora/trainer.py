@@ -18,9 +18,9 @@ from transformers.trainer_callback import ExportableState
 from vblora import sharding
 from vblora.adapter import Adapter, restore
 from vblora.methods import VBLoRA
-from vblora.methods.switch import Adapted, AnyAdapter
 from vblora.optim import AdamW, param_groups
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
+from vblora.switch import Adapted, AnyAdapter
 
 MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter
 # AdamW by bitsandbytes, for methods without selected logits: in pages that leave the GPU when it is full, or in 8 bits.
@@ -36,7 +36,7 @@ class AdapterTrainer(Trainer):
     batches; and DDP does not send the buffers of one of our adapters in every step.
 
     Args:
-        adapted: what `vblora.methods.switch.apply_method` gave.
+        adapted: what `vblora.switch.apply_method` gave.
         rates: learning rates beside `args.learning_rate`, as `vblora.param_groups` takes them.
         args: the training arguments.
         others: passed on to Trainer.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vblora.methods.switch import RECIPE, field_names, parse_settings, read_config_file
+from vblora.switch import RECIPE, field_names, parse_settings, read_config_file
 
 # Which field of a method's configuration a flag sets: the first of these that the configuration has.
 FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
@@ -66,7 +66,7 @@ class MethodArguments:
     learning_rate_adapter: float | None = _flag("of other methods' parameters; --learning_rate unless given")
 
     def settings(self, target_modules: list[str] | str, modules_to_save: list[str] | None) -> dict[str, Any]:
-        """The method's settings as `vblora.methods.switch.apply_method` takes them.
+        """The method's settings as `vblora.switch.apply_method` takes them.
 
         Raises:
             ValueError: a flag the method has no use for.

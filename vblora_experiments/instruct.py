@@ -17,8 +17,8 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from vblora import models
 from vblora.adapter import Adapter
 from vblora.io import folder_fingerprint, read_json, write_json
-from vblora.methods.switch import Adapted, apply_method, read_config_file
 from vblora.models import TRAINING_FILE
+from vblora.switch import Adapted, apply_method, read_config_file
 from vblora.trainer import AdapterTrainer
 from vblora_experiments import causal, commands, estimate, instruction_data, plans, records
 from vblora_experiments.arguments import MethodArguments, given

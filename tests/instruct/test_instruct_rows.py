@@ -15,7 +15,7 @@ import instruct_paper
 import instruct_rows
 import run_instruct
 from instruct_rows import METHODS, MODELS, ROWS, row
-from vblora.methods.switch import field_names
+from vblora.switch import field_names
 from vblora_experiments import estimate, instruct
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print

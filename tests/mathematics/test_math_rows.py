@@ -13,7 +13,7 @@ import math_paper
 import math_rows
 import run_math
 from math_rows import METHODS, MODELS, ROWS, row
-from vblora.methods.switch import field_names
+from vblora.switch import field_names
 from vblora_experiments import estimate, instruct
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print

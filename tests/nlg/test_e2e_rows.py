@@ -15,7 +15,7 @@ import e2e_rows
 import run_e2e
 import train
 from e2e_rows import METHODS, MODELS, ROWS, row
-from vblora.methods.switch import field_names
+from vblora.switch import field_names
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print
 

@@ -12,7 +12,7 @@ import hyperparameters
 import paper
 import run_glue
 from hyperparameters import METHODS, MODELS, row
-from vblora.methods.switch import field_names
+from vblora.switch import field_names
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print
 
