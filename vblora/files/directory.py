@@ -13,11 +13,14 @@ in one small file, and is read wherever a directory is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vblora.bank import smallest_index_dtype
@@ -30,6 +33,7 @@ from vblora.shapes import LayerShape
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 METHOD_KEY = "vblora_method"
+CHECKSUM = "vblora_sha256"  # in the metadata of the tensor file, which other readers ignore
 HEAD_PREFIX = "head."
 FORMS = ("topk", "full")
 FORMATS = ("auto", "peft", "native")
@@ -71,7 +75,10 @@ def to_files(
 def write_files(
     directory: str | Path, settings: dict[str, Any], tensors: dict[str, Tensor], init_seed: int | None
 ) -> None:
+    """Write the two files of a directory, tied together by a checksum over the settings and the tensors."""
     metadata = {} if init_seed is None else {"init_seed": str(init_seed)}
+    config, _ = _parse_config(json.loads(json.dumps(settings)))
+    metadata[CHECKSUM] = pair_checksum(config, tensors, metadata)
     write_tensors(Path(directory) / TENSOR_FILE, tensors, metadata)
     write_json(Path(directory) / CONFIG_FILE, settings)
 
@@ -85,6 +92,7 @@ def read_content(
 ) -> FileContent:
     path = directory / TENSOR_FILE
     tensors, metadata = read_tensors(path)
+    require_pair(path, config, tensors, metadata)
     try:
         if is_peft:
             assert isinstance(config, VBLoRAConfig)
@@ -103,6 +111,30 @@ def read_content(
     return FileContent(native, heads, seed_of(metadata))
 
 
+def pair_checksum(config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the settings as they are understood, the seed, and each tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([config.method, config.to_dict(), metadata.get("init_seed")], sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def require_pair(path: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Refuse a tensor file that is damaged or belongs to other settings; older files have no checksum and pass.
+
+    Raises:
+        ValueError: the checksum is another.
+    """
+    if CHECKSUM in metadata and metadata[CHECKSUM] != pair_checksum(config, tensors, metadata):
+        raise ValueError(
+            f"{path} does not belong to the {CONFIG_FILE} beside it, or is damaged: the checksum is another. "
+            "Load again if the adapter was being saved just now, else save it again"
+        )
+
+
 def seed_of(metadata: dict[str, str]) -> int | None:
     """The recorded seed, if it is one that PyTorch takes."""
     text = metadata.get("init_seed", "")
@@ -118,21 +150,25 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
     """
     path = directory / CONFIG_FILE
     values = read_json(path)
-    by_name = AdapterConfig.known
     try:
-        if METHOD_KEY in values:
-            method = values.pop(METHOD_KEY)
-            if not isinstance(method, str) or method not in by_name:
-                raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
-            return by_name[method].from_dict(values), False
-        if values.get("peft_type") == "VBLORA":
-            return peft_format.from_peft_config(values), True
-        raise ValueError(
-            f"peft_type is {values.get('peft_type')!r}: only VBLORA is loaded here; "
-            "load adapters of other methods with peft.PeftModel.from_pretrained"
-        )
-    except (ValueError, TypeError) as error:
+        return _parse_config(values)
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _parse_config(values: dict[str, Any]) -> tuple[AdapterConfig, bool]:
+    by_name = AdapterConfig.known
+    if METHOD_KEY in values:
+        method = values.pop(METHOD_KEY)
+        if not isinstance(method, str) or method not in by_name:
+            raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
+        return by_name[method].from_dict(values), False
+    if values.get("peft_type") == "VBLORA":
+        return peft_format.from_peft_config(values), True
+    raise ValueError(
+        f"peft_type is {values.get('peft_type')!r}: only VBLORA is loaded here; "
+        "load adapters of other methods with peft.PeftModel.from_pretrained"
+    )
 
 
 def _use_peft(config: AdapterConfig, shapes: Sequence[LayerShape], format: str) -> bool:
