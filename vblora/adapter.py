@@ -7,6 +7,7 @@ configuration (`vblora.config.AdapterConfig`), and what they do to a layer's out
 from __future__ import annotations
 
 import keyword
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import lora, match, packed
 from vblora.files.content import Content, FileContent, check_heads, form_of, head_tensors
-from vblora.files.directory import FORMATS, FORMS, read_config, read_content, write_directory
+from vblora.files.directory import FORMATS, FORMS, TornPair, read_config, read_content, write_directory
 from vblora.forward import ForwardPath
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
@@ -31,6 +32,8 @@ from vblora.targets import (
     weight_of,
     weight_part,
 )
+
+WAITS = (0.01, 0.05, 0.25)  # seconds before a directory that another process is saving is read again
 
 
 @torch.inference_mode(False)  # the adapter's own tensors must be normal ones, to be watched and trained
@@ -99,13 +102,29 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None, tr
         targets = match.find_layers(model, content, path)
         read = _read_packed(content, path, layer_shapes(targets, config), saved)
     else:
-        config, is_peft = read_config(path)
-        targets, saved = find_targets(model, config), find_saved(model, config)
-        read = read_content(path, config, is_peft, layer_shapes(targets, config), saved)
+        config, targets, saved, read = _read_directory(model, path)
     with torch.inference_mode(False):
         adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
     _take_over(adapter, read, redraw=trainable)
     return adapter
+
+
+def _read_directory(
+    model: nn.Module, path: Path
+) -> tuple[AdapterConfig, dict[str, nn.Module], dict[str, nn.Module], FileContent]:
+    """What a directory holds for this model; where it is being saved at this moment, what it holds then."""
+    for wait in (*WAITS, None):
+        config, is_peft = read_config(path)
+        targets, saved = find_targets(model, config), find_saved(model, config)
+        try:
+            read = read_content(path, config, is_peft, layer_shapes(targets, config), saved)
+        except TornPair:
+            if wait is None:
+                raise
+            time.sleep(wait)
+        else:
+            break
+    return config, targets, saved, read
 
 
 def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redraw: bool = False) -> None:

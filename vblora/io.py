@@ -24,14 +24,21 @@ def _read_umask() -> int:
 UMASK = _read_umask()  # once, at import: reading it means changing it for a moment, for all threads
 
 
+MOST_JSON_BYTES = 2**28  # looked at before a file is read into memory
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file in place of what was there, in one step."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Copies, as heads may share a weight with each other, which safetensors refuses.
     ready = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     with replacing(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt", **metadata})
+        try:
+            save_file(ready, temporary, metadata={"format": "pt", **metadata})
+        except SafetensorError as error:  # a full disk, among others
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -82,6 +89,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
+    if path.stat().st_size > MOST_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {MOST_JSON_BYTES} read as JSON")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -94,6 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, moved over it when the block ends well and removed when it does not."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # the link stays, its target is replaced
     if path.parent.exists() and not path.parent.is_dir():
         raise ValueError(f"{path.parent} is a file, and a folder is to be written there: name another one")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +112,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~UMASK)
+        # A file that was private stays so.
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~UMASK)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from vblora.files.directory import (
     HEAD_PREFIX,
     TENSOR_FILE,
     read_config,
+    require_pair,
     seed_of,
     to_files,
     write_files,
@@ -107,6 +108,7 @@ def read_directory(directory: str | Path, model: nn.Module | None = None) -> Con
     config, is_peft = read_config(directory)
     tensors, metadata = read_tensors(directory / TENSOR_FILE)
     settings = read_json(directory / CONFIG_FILE)
+    require_pair(directory / TENSOR_FILE, config, tensors, metadata)
     try:
         shapes, conv1d = _layers(tensors, config, is_peft, settings, model)
         if is_peft:

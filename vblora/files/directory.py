@@ -13,11 +13,15 @@ in one small file, and is read wherever a directory is.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vblora.bank import smallest_index_dtype
@@ -30,6 +34,7 @@ from vblora.shapes import LayerShape
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 METHOD_KEY = "vblora_method"
+CHECKSUM = "vblora_sha256"  # in the metadata of the tensor file, which other readers ignore
 HEAD_PREFIX = "head."
 FORMS = ("topk", "full")
 FORMATS = ("auto", "peft", "native")
@@ -82,9 +87,12 @@ def write_files(
     config: AdapterConfig,
     init_seed: int | None,
 ) -> None:
+    """Write the two files of a directory, tied together by a checksum over the settings and the tensors."""
     metadata = {} if init_seed is None else {"init_seed": str(init_seed)}
     if METHOD_KEY not in settings:
         metadata |= peft_format.start_metadata(config)
+    understood, _ = _parse_config(json.loads(json.dumps(settings)), metadata)
+    metadata[CHECKSUM] = pair_checksum(understood, tensors, metadata)
     write_tensors(Path(directory) / TENSOR_FILE, tensors, metadata)
     write_json(Path(directory) / CONFIG_FILE, settings)
 
@@ -98,6 +106,7 @@ def read_content(
 ) -> FileContent:
     path = directory / TENSOR_FILE
     tensors, metadata = read_tensors(path)
+    require_pair(path, config, tensors, metadata)
     try:
         if is_peft:
             assert isinstance(config, VBLoRAConfig)
@@ -116,6 +125,39 @@ def read_content(
     return FileContent(native, heads, seed_of(metadata))
 
 
+class TornPair(ValueError):
+    """The two files of a directory are not of one save, as while another process is saving, or one is damaged."""
+
+
+def pair_checksum(config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the settings as they are understood, the seed, and each tensor's name, type, shape and bytes.
+
+    Settings at their default do not count, so that a later version's new setting leaves the checksum what it was.
+    """
+    usual = {field.name: field.default for field in fields(config)}
+    settings = {name: value for name, value in config.to_dict().items() if value != usual[name]}
+    digest = hashlib.sha256()
+    digest.update(json.dumps([config.method, settings, metadata.get("init_seed")], sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def require_pair(path: Path, config: AdapterConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Refuse a tensor file that is damaged or belongs to other settings; older files have no checksum and pass.
+
+    Raises:
+        ValueError: the checksum is another.
+    """
+    if CHECKSUM in metadata and metadata[CHECKSUM] != pair_checksum(config, tensors, metadata):
+        raise TornPair(
+            f"{path} does not belong to the {CONFIG_FILE} beside it, or is damaged: the checksum is another. "
+            "Load again if the adapter was being saved just now, else save it again"
+        )
+
+
 def seed_of(metadata: dict[str, str]) -> int | None:
     """The recorded seed, if it is one that PyTorch takes."""
     text = metadata.get("init_seed", "")
@@ -131,23 +173,26 @@ def read_config(directory: Path) -> tuple[AdapterConfig, bool]:
     """
     path = directory / CONFIG_FILE
     values = read_json(path)
-    by_name = AdapterConfig.known
     try:
-        if METHOD_KEY in values:
-            method = values.pop(METHOD_KEY)
-            if not isinstance(method, str) or method not in by_name:
-                raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
-            return by_name[method].from_dict(values), False
-        if values.get("peft_type") == "VBLORA":
-            config = peft_format.from_peft_config(values)
-            tensors = directory / TENSOR_FILE
-            return peft_format.with_start(config, read_metadata(tensors) if tensors.exists() else {}), True
-        raise ValueError(
-            f"peft_type is {values.get('peft_type')!r}: only VBLORA is loaded here; "
-            "load adapters of other methods with peft.PeftModel.from_pretrained"
-        )
-    except (ValueError, TypeError) as error:
+        tensors = directory / TENSOR_FILE
+        return _parse_config(values, read_metadata(tensors) if tensors.exists() else {})
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _parse_config(values: dict[str, Any], metadata: Mapping[str, str]) -> tuple[AdapterConfig, bool]:
+    by_name = AdapterConfig.known
+    if METHOD_KEY in values:
+        method = values.pop(METHOD_KEY)
+        if not isinstance(method, str) or method not in by_name:
+            raise ValueError(f"{METHOD_KEY} is {method!r}, not one of {', '.join(sorted(by_name))}")
+        return by_name[method].from_dict(values), False
+    if values.get("peft_type") == "VBLORA":
+        return peft_format.with_start(peft_format.from_peft_config(values), metadata), True
+    raise ValueError(
+        f"peft_type is {values.get('peft_type')!r}: only VBLORA is loaded here; "
+        "load adapters of other methods with peft.PeftModel.from_pretrained"
+    )
 
 
 def _use_peft(config: AdapterConfig, shapes: Sequence[LayerShape], format: str) -> bool:

@@ -38,9 +38,12 @@ def file_of(key: str) -> str:
 
 
 def write_beside(folder: Path, bank: Tensor) -> None:
-    """Write the bank into the folder, under its name, unless it is there."""
-    path = folder / file_of(key_of(bank))
-    if not path.exists():
+    """Write the bank into the folder, under its name, unless it is there whole."""
+    key = key_of(bank)
+    path = folder / file_of(key)
+    try:
+        read_beside(folder, key)
+    except ValueError:  # missing, or damaged
         write_tensors(path, {"vector_bank": bank.detach().float()}, {})
 
 
