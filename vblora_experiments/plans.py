@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,9 +40,16 @@ def overrides(arguments: list[str]) -> dict[str, str]:
 
 
 def chosen(training: Any) -> dict[str, Any]:
-    """The training arguments that are not at their default, and those that decide the result."""
+    """The training arguments that are not at their default, and those that decide the result.
+
+    Raises:
+        ValueError: a rate that is no finite number of at least 0.
+    """
     defaults = {f.name: f.default for f in dataclasses.fields(training)}
     values = {name: getattr(training, name) for name in defaults}
+    for name in ("learning_rate", "weight_decay"):
+        if not 0 <= values[name] < math.inf:
+            raise ValueError(f"--{name} must be a number of at least 0, not {values[name]:g}")
     kinds = (str, int, float, bool, dict, list)
     plain = {n: v for n, v in values.items() if isinstance(v, kinds) and n not in FREE_TO_CHANGE}
     return without_secrets({n: getattr(v, "value", v) for n, v in plain.items() if n in ALWAYS or v != defaults[n]})
