@@ -101,3 +101,16 @@ def test_help_exits_with_0(capsys):
         main(["count", "--help"])
     assert exit_.value.code == 0
     assert "--table" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["count"], ["count", "--table", "1"], ["count", "--help"]])
+def test_the_library_alone_says_where_the_command_comes_from(capsys, monkeypatch, argv):
+    class Missing:
+        name = "count"
+
+        def load(self):
+            raise ModuleNotFoundError("vblora_experiments")
+
+    monkeypatch.setattr("vblora.cli.metadata.entry_points", lambda group: [Missing()])
+    assert main(argv) == 2
+    assert "vblora count comes with the repository" in capsys.readouterr().err

@@ -96,8 +96,9 @@ def _add_missing(commands: Any, name: str) -> None:
     def refuse(arguments: argparse.Namespace) -> str:
         raise ValueError(f"vblora {name} comes with the repository: clone it and run pip install -e . there")
 
-    missing = commands.add_parser(name, help="comes with the repository")
-    missing.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    # Whatever follows is taken as it is, flags too: the command's own parser is not here.
+    missing = commands.add_parser(name, help="comes with the repository", prefix_chars="\0", add_help=False)
+    missing.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
     missing.set_defaults(run=refuse)
 
 
