@@ -28,7 +28,7 @@ def check(samples: int) -> None:
         raise ValueError(f"--quick_samples must be at least 0, not {samples}")
     missing = [name for name in PACKAGES if samples and importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"{' and '.join(missing)}: not installed; pip install 'vblora[nlg]', or --quick_samples 0")
+        raise ValueError(f"{' and '.join(missing)}: not installed; pip install nltk rouge-score, or --quick_samples 0")
 
 
 class QuickValidation(TrainerCallback):

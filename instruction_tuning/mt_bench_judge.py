@@ -54,6 +54,7 @@ from mt_bench import (
     read_judgments,
 )
 from vblora_experiments import commands, progress
+from vblora_experiments.thoughts import without_thoughts
 
 OPENAI = "https://api.openai.com/v1"
 TEMPERATURE, MAX_TOKENS = 0, 2048  # FastChat's
@@ -347,35 +348,6 @@ def rating(judgment: str) -> float:
     return UNRATED
 
 
-_NAMES = r"(?:seed:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
-_THOUGHT = re.compile(
-    rf"(?P<open><{_NAMES}(?:\s[^<>]*)?>|\[think\]|◁think▷|<\|begin_of_thought\|>)"
-    rf"|</{_NAMES}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>",
-    re.IGNORECASE,
-)
-_CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|(?=<\|channel\|>)|\Z)", re.DOTALL)
-
-
-def without_thoughts(text: str) -> str:
-    """A model's text without what it thought aloud, in the forms that models have for that.
-
-    The opening mark may be missing, as chat templates give it with the prompt: then all before the closing one goes.
-    Thoughts that were cut off go to the end, where their mark begins a line; elsewhere it is a word of the text.
-    """
-    text = _CHANNEL.sub("", text)
-    kept: list[str] = []
-    start, opened = 0, None
-    for mark in _THOUGHT.finditer(text):
-        if mark["open"]:
-            opened = mark if opened is None else opened
-            continue
-        kept = [*kept, text[start : opened.start()]] if opened else []
-        start, opened = mark.end(), None
-    begins_line = opened is not None and not text[start : opened.start()].rpartition("\n")[2].strip()
-    kept.append(text[start : opened.start()] if opened and begins_line else text[start:])
-    return "".join(kept)
-
-
 def report(judgments: list[Judgment], keys: set[tuple[str, str, int, int]], refused: list[tuple[Task, str]]) -> None:
     """Say which judgments have no rating, and which are missing."""
     present = [judgment for judgment in judgments if judgment.key in keys]
@@ -460,7 +432,7 @@ class Endpoint:
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("OPENAI_API_KEY holds characters that no key has")
         if not options.plan and importlib.util.find_spec("openai") is None:
-            raise ValueError('judging needs OpenAI\'s client: pip install "vblora[instruct]", or pip install openai')
+            raise ValueError("judging needs OpenAI's client: pip install openai")
         between = 60 / options.requests_per_minute if options.requests_per_minute else 0.0
         names = (options.judge, options.tries, options.backoff, options.timeout, between, options.max_tokens)
         return cls(url, key, *names)

@@ -27,6 +27,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import math_references
+from vblora_experiments.thoughts import without_thoughts
 
 MARKER = re.compile(
     r"\bthe\s+(?:final\s+)?answer\s+is\b\s*:?"
@@ -41,13 +42,6 @@ RUNS_ON = re.compile(
     r"|<\|[^|<>\n]{1,40}\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>",
     re.MULTILINE,
 )
-_NAMES = r"(?:seed:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
-_THOUGHT = re.compile(
-    rf"(?P<open><{_NAMES}(?:\s[^<>]*)?>|\[think\]|◁think▷|<\|begin_of_thought\|>)"
-    rf"|</{_NAMES}\s*>|\[/think\]|◁/think▷|<\|end_of_thought\|>",
-    re.IGNORECASE,
-)
-_CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|commentary).*?(?:<\|end\|>|(?=<\|channel\|>)|\Z)", re.DOTALL)
 NO_ANSWER = "no answer"
 LONGEST_ANSWER = 5000  # characters
 LONGEST_NUMBER, LARGEST_EXPONENT = 1000, 1000  # beyond, a number in an output is a slip, and costs memory
@@ -77,26 +71,6 @@ def _is_prose(answer: Answer) -> bool:
     return (
         answer.place == "marker" and len(str(answer.text).split()) > 4 and not re.search(r"[\d\\$]", str(answer.text))
     )
-
-
-def without_thoughts(text: str) -> str:
-    """A model's text without what it thought aloud, in the forms that models have for that.
-
-    The opening mark may be missing, as chat templates give it with the prompt: then all before the closing one goes.
-    Thoughts that were cut off go to the end, where their mark begins a line; elsewhere it is a word of the text.
-    """
-    text = _CHANNEL.sub("", text)
-    kept: list[str] = []
-    start, opened = 0, None
-    for mark in _THOUGHT.finditer(text):
-        if mark["open"]:
-            opened = mark if opened is None else opened
-            continue
-        kept = [*kept, text[start : opened.start()]] if opened else []
-        start, opened = mark.end(), None
-    begins_line = opened is not None and not text[start : opened.start()].rpartition("\n")[2].strip()
-    kept.append(text[start : opened.start()] if opened and begins_line else text[start:])
-    return "".join(kept)
 
 
 def _candidates(text: str) -> Iterator[Answer]:
@@ -242,7 +216,7 @@ def require_math_verify() -> None:
         ValueError: it is not.
     """
     if importlib.util.find_spec("math_verify") is None:
-        raise ValueError('MATH answers need math-verify: pip install "vblora[math]"')
+        raise ValueError("MATH answers need math-verify: pip install math-verify")
 
 
 def is_same_math(answer: str, reference: str) -> bool:

@@ -204,7 +204,7 @@ def _merge(arguments: argparse.Namespace) -> str:
     try:
         from vblora.models import Tuned, write_merged
     except ModuleNotFoundError as error:
-        raise ValueError(f"merge needs transformers: pip install 'vblora[train]' ({error})") from error
+        raise ValueError(f"merge needs transformers: pip install transformers ({error})") from error
     tuned = Tuned.of(
         arguments.model,
         adapter=Path(arguments.adapter) if arguments.adapter else None,
@@ -227,7 +227,7 @@ def _export(arguments: argparse.Namespace) -> str:
     try:
         from vblora.models import Tuned, write_exported
     except ModuleNotFoundError as error:
-        raise ValueError(f"export needs transformers: pip install 'vblora[train]' ({error})") from error
+        raise ValueError(f"export needs transformers: pip install transformers ({error})") from error
     adapter = Path(arguments.adapter) if arguments.adapter else None
     tuned = Tuned.of(arguments.model, adapter=adapter, base=arguments.model_name_or_path)
     return str(write_exported(tuned, output, dtype))

@@ -66,7 +66,7 @@ def quantisation(bits: int, compute: torch.dtype) -> Any:
     if bits not in BITS[1:]:
         raise ValueError(f"--bits {bits}: 16, 8 and 4 are offered")
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"--bits {bits} needs bitsandbytes: pip install 'vblora[quant]'")
+        raise ValueError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes")
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -314,7 +314,7 @@ def _classes_of(name: str) -> Iterator[nn.Module]:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"--model needs transformers: pip install 'vblora[train]' ({error})") from error
+        raise ValueError(f"--model needs transformers: pip install transformers ({error})") from error
     try:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

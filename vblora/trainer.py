@@ -180,7 +180,8 @@ def _is_causal(model: nn.Module) -> bool:
     """Whether this is one of transformers' causal language models, PEFT's wrapper aside."""
     base_of: Any = getattr(model, "get_base_model", lambda: model)
     base = base_of()
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    named = type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return named or getattr(base, "loss_type", None) == "ForCausalLM"
 
 
 def _lengths(dataset: Any) -> list[int]:
@@ -220,7 +221,7 @@ def _check_arguments(args: TrainingArguments, adapted: Adapted) -> None:
                 f"--optim {name} does not know VB-LoRA's logits, and its bank is small: leave it out (vblora.AdamW)"
             )
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(f"--optim {name} needs bitsandbytes: pip install 'vblora[quant]'")
+            raise ValueError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes")
     if args.load_best_model_at_end:
         raise ValueError("--load_best_model_at_end does nothing: the best epoch's adapter is kept in best/")
 

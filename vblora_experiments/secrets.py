@@ -19,12 +19,14 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are none, also within settings."""
-    return {
-        name: without_secrets(value) if isinstance(value, Mapping) else value
-        for name, value in values.items()
-        if not is_secret(str(name))
-    }
+    """The settings that are none, also within settings and lists of them."""
+    return {name: _cleared(value) for name, value in values.items() if not is_secret(str(name))}
+
+
+def _cleared(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    return [_cleared(one) for one in value] if isinstance(value, list) else value
 
 
 def masked(text: str, arguments: Sequence[str] | None = None) -> str:

@@ -135,5 +135,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError('this method comes from PEFT: pip install "vblora[peft]"') from error
+        raise ValueError("this method comes from PEFT: pip install peft") from error
     return peft

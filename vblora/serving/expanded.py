@@ -177,7 +177,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError as error:
-        raise ValueError(f"{url}: adapters under a URL need fsspec: pip install 'vblora[vllm]'") from error
+        raise ValueError(f"{url}: adapters under a URL need fsspec: pip install fsspec") from error
     try:
         system, root = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
