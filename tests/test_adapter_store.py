@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -217,3 +221,86 @@ def test_wrong_use_is_named(tmp_path):
         vblora.AdapterStore(model, max_composed=-1)
     with torch.no_grad(), store.rows(["a", None]):
         model(input_ids=ids(2))  # all is as it was
+
+
+def run_all(works):
+    """Every work in a thread of its own, at once; what went wrong in them."""
+    wrong = []
+
+    def guarded(work):
+        try:
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return wrong
+
+
+def test_threads_get_their_own_adapters_and_heads_and_others_the_base_model(served):
+    model, folder, alone, known = served
+    store = vblora.AdapterStore(model, folder, max_composed=0)  # composed and dropped again all the time
+    batch = ids(2)
+    with torch.no_grad():
+        expected = {name: alone(name)(input_ids=batch).logits for name in (*known, None)}
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def ask(name):
+        for _ in range(15):
+            with store.rows([name, name]) if name else contextlib.nullcontext(), torch.no_grad():
+                torch.testing.assert_close(model(input_ids=batch).logits, expected[name], rtol=1e-4, atol=1e-5)
+
+    try:
+        assert run_all([partial(ask, name) for name in expected]) == []
+    finally:
+        sys.setswitchinterval(before)
+    assert store.resident_bytes() == 0
+
+
+def test_an_adapter_that_another_thread_uses_is_not_removed(served):
+    model, folder, _, _ = served
+    store = vblora.AdapterStore(model, folder)
+    with store.rows(["one"]):
+        (error,) = run_all([lambda: store.remove("one")])
+    assert "in use" in str(error)
+
+
+@torch.no_grad()
+def test_a_replaced_file_is_read_again(served):
+    model, folder, alone, _ = served
+    store, batch = vblora.AdapterStore(model, folder), ids(1)
+    with store.rows(["one"]):
+        first = model(input_ids=batch).logits
+    new = folder / "new"
+    new.write_bytes((folder / "two.safetensors").read_bytes())
+    new.replace(folder / "one.safetensors")
+    with store.rows(["one"]):
+        second = model(input_ids=batch).logits
+    torch.testing.assert_close(second, alone("two")(input_ids=batch).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder, private = tmp_path / "adapters", tmp_path / "private"
+    folder.mkdir()
+    vblora.attach(llama(), config(2)).pack(private)
+    (folder / "one.safetensors").symlink_to(private)
+    store = vblora.AdapterStore(llama(), folder)
+    with pytest.raises(ValueError, match="link out of the folder"), store.rows(["one"]):
+        pass
+    store.add("other", private)  # what is named by its path may lie anywhere
+    with store.rows(["other"]):
+        assert store.resident_bytes() > 0
+
+
+def test_what_a_failed_batch_composed_is_let_go(served):
+    model, folder, _, _ = served
+    store = vblora.AdapterStore(model, folder, max_composed=0)
+    with pytest.raises(ValueError, match="no adapter 'nobody'"), store.rows(["one", "nobody"]):
+        pass
+    assert store.resident_bytes() == 0

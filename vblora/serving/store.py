@@ -11,13 +11,19 @@ An adapter stays packed, on disk or in memory, until a batch asks for it; then i
 
 for all rows in two batched products, whatever methods, ranks and banks the adapters have: rows of a lower rank are
 filled up with zeros. (S-LoRA and Punica serve LoRA so, by kernels of their own.)
+
+Threads may share a store and its model. A block of `rows` holds for the thread (or the asyncio task) that entered it:
+each has its own rows, and others see the base model meanwhile. So enter it in the thread that calls the model.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,11 +47,15 @@ class Place(NamedTuple):
     stop: int | None = None
 
 
+Stamp = tuple[int, int, int]  # of a file: when it was written, its size and its number
+
+
 class _Composed(NamedTuple):
-    """An adapter ready to use: A (r, in) and B (out, r) by place, and its heads' tensors by module and name."""
+    """An adapter ready to use: A (r, in) and B (out, r) by place, its heads by name, and its file's stamp."""
 
     factors: dict[Place, tuple[Tensor, Tensor]]
-    heads: dict[str, dict[str, Tensor]]
+    heads: dict[str, nn.Module]
+    stamp: Stamp | None
 
 
 class AdapterStore:
@@ -54,7 +64,7 @@ class AdapterStore:
     Args:
         model: any model that the adapters were trained on; it stays the same object. No adapter need be attached.
         folder: holds NAME.safetensors (or NAME.vblora.safetensors), packed; all are known by their names, and read when
-            first used. Shared banks lie in it too.
+            first used, and again when they have been replaced. Shared banks lie in it too.
         max_composed: adapters whose factors are kept, besides those of the running batch; the least recently used
             go first.
 
@@ -71,7 +81,10 @@ class AdapterStore:
         self._composed: OrderedDict[str, _Composed] = OrderedDict()
         self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
         self._hooked: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self._rows: _Rows | None = None
+        self._own_rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
+        self._running: list[_Rows] = []  # of all threads
+        self._lock = threading.RLock()  # over what the threads share: all but a batch's own rows
+        self._folder = None if folder is None else Path(folder)
         self._bank_of: Callable[[str], Tensor] | None = None
         if folder is not None:
             if not Path(folder).is_dir():
@@ -108,17 +121,20 @@ class AdapterStore:
         Raises:
             ValueError: there is none of this name, or the running batch uses it.
         """
-        self._require(name)
-        if self._rows is not None and name in self._rows.names:
-            raise ValueError(f"adapter {name!r} is in use")
-        del self._sources[name]
-        self._composed.pop(name, None)
+        with self._lock:
+            self._require(name)
+            if any(name in rows.names for rows in self._running):
+                raise ValueError(f"adapter {name!r} is in use")
+            del self._sources[name]
+            self._composed.pop(name, None)
 
     def resident_bytes(self) -> int:
         """Bytes of the adapters in memory: packed ones, and the factors that are composed."""
-        tensors = [t for composed in self._composed.values() for pair in composed.factors.values() for t in pair]
-        tensors += [t for c in self._composed.values() for head in c.heads.values() for t in head.values()]
-        packed_bytes = sum(len(source) for source in self._sources.values() if isinstance(source, bytes))
+        with self._lock:
+            composed, sources = list(self._composed.values()), list(self._sources.values())
+        tensors = [t for one in composed for pair in one.factors.values() for t in pair]
+        tensors += [t for one in composed for head in one.heads.values() for t in head.state_dict().values()]
+        packed_bytes = sum(len(source) for source in sources if isinstance(source, bytes))
         return packed_bytes + sum(t.numel() * t.element_size() for t in tensors)
 
     # -- using them ----------------------------------------------------------------------------------------------
@@ -127,26 +143,40 @@ class AdapterStore:
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within this block the model's batches have as many rows as there are names, each with its adapter.
 
-        What a row is split into on the way (beams, positions) shares its adapter. Nothing is trained through it.
+        What a row is split into on the way (beams, positions) shares its adapter. Nothing is trained through it. It
+        holds for this thread alone.
 
         Raises:
             ValueError: an unknown name, an adapter that is damaged or does not fit the model, or a block within
                 another; in the block, a batch whose rows are no multiple of the names.
         """
-        if self._rows is not None:
-            raise ValueError("rows() is in use: one batch at a time")
+        if self.own_rows() is not None:
+            raise ValueError("rows() is in use in this thread: one batch at a time")
         if isinstance(names, str):
             raise ValueError(f"rows() takes a list of names, one for each row, not {names!r} alone")
         if not names:
             raise ValueError("rows() needs a name, or None, for each row of the batch")
-        used = {name: self._compose(name) for name in dict.fromkeys(names) if name is not None}
-        self._rows = _Rows(list(names), used)
+        rows = None
         try:
-            yield
+            with self._lock:
+                rows = _Rows(
+                    list(names), {name: self._compose(name) for name in dict.fromkeys(names) if name is not None}
+                )
+                self._running.append(rows)
+            before = self._own_rows.set(rows)
+            try:
+                yield
+            finally:
+                self._own_rows.reset(before)
         finally:
-            self._rows = None
-            while len(self._composed) > self.max_composed:
-                self._composed.popitem(last=False)
+            with self._lock:
+                self._running = [other for other in self._running if other is not rows]
+                while len(self._composed) > self.max_composed:
+                    self._composed.popitem(last=False)
+
+    def own_rows(self) -> _Rows | None:
+        """The rows of the block that this thread is in."""
+        return self._own_rows.get()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -163,12 +193,17 @@ class AdapterStore:
 
     @torch.no_grad()
     def _compose(self, name: str) -> _Composed:
-        if name in self._composed:
+        source = self._require(name)
+        stamp = None if isinstance(source, bytes) else _stamp(source)
+        if name in self._composed and self._composed[name].stamp == stamp:
             self._composed.move_to_end(name)
             return self._composed[name]
-        source = self._require(name)
         try:
-            adapter = packed.loads(source, self._bank_of) if isinstance(source, bytes) else packed.read(source)
+            if isinstance(source, bytes):
+                adapter = packed.loads(source, self._bank_of)
+            else:
+                self._require_inside(source)
+                adapter = packed.read(source)
             places, heads = self._places(adapter), self._heads(adapter)
             factors = adapter.factors()
         except ValueError as error:
@@ -181,8 +216,15 @@ class AdapterStore:
         for target, pair in factors.items():
             device = weight_of(self.model.get_submodule(places[target].layer)).device
             ready[places[target]] = (pair[0].to(device), pair[1].to(device))
-        self._composed[name] = _Composed(ready, heads)
+        self._composed[name] = _Composed(ready, heads, stamp)
+        self._composed.move_to_end(name)
         return self._composed[name]
+
+    def _require_inside(self, source: Path) -> None:
+        """Refuse a file of the folder that is a link out of it; what `add` named may lie anywhere."""
+        folder = self._folder
+        if folder is not None and source.parent == folder and not source.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{source} is a link out of the folder")
 
     def _places(self, adapter: Content) -> dict[str, Place]:
         """Where the adapter's factors go, by target."""
@@ -196,14 +238,16 @@ class AdapterStore:
             }
         return self._fits[adapter.fingerprint]
 
-    def _heads(self, adapter: Content) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the adapter's heads, by module."""
+    def _heads(self, adapter: Content) -> dict[str, nn.Module]:
+        """The adapter's heads by name: modules of its own, as the model's are other threads' too."""
         saved = find_saved(self.model, adapter.config) if adapter.heads else {}
         check_heads(adapter.heads, head_tensors(saved))
-        heads: dict[str, dict[str, Tensor]] = {}
+        heads: dict[str, nn.Module] = {}
         for module_name, module in saved.items():
             own = module.state_dict()
-            heads[module_name] = {key: adapter.heads[f"{module_name}.{key}"].to(own[key]) for key in own}
+            heads[module_name] = _bare_copy(module)
+            tensors = {key: adapter.heads[f"{module_name}.{key}"].to(own[key]) for key in own}
+            heads[module_name].load_state_dict(tensors, assign=True)
         return heads
 
     def _hook(self, module_name: str, hook: Any) -> None:
@@ -212,8 +256,25 @@ class AdapterStore:
             self._hooked[module_name] = module.register_forward_hook(hook, with_kwargs=True)
 
 
-def _place(target: str, part: slice) -> Place:
-    return Place(target) if part == slice(None) else Place(target.rpartition(".")[0], part.start, part.stop)
+def _stamp(path: Path) -> Stamp | None:
+    """What changes when a file is replaced; None where there is none, which its reader says better."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+PRE_HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """The module again, without its hooks (which hold this store, and with it the model) and with the same tensors."""
+    memo: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    for part in module.modules():
+        memo |= {id(hooks): type(hooks)() for hooks in (getattr(part, name) for name in (*HOOKS, *PRE_HOOKS))}
+    return copy.deepcopy(module, memo)
 
 
 class _Rows:
@@ -262,7 +323,7 @@ class _LayerHook:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        rows = self.store._rows
+        rows = self.store.own_rows()
         if rows is None or self.layer not in rows.places:
             return output
         x = rows.split(args[0] if args else next(iter(kwargs.values()))).to(output.dtype)  # (rows, s, in)
@@ -288,25 +349,23 @@ class _HeadHook:
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        rows = self.store._rows
+        rows = self.store.own_rows()
         if rows is None:
             return output
         result = output.clone()
         for name, adapter in rows.adapters.items():
             if self.name in adapter.heads:
                 mine = [row for row, of_row in enumerate(rows.names) if of_row == name]
-                result[mine] = self._own(module, adapter.heads[self.name], args, kwargs, mine)
+                result[mine] = _of_rows(module, adapter.heads[self.name], args, kwargs, mine)
         return result
 
-    def _own(self, module: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any, mine: list[int]) -> Tensor:
-        """The head's output for these rows, with these tensors in place of its own."""
 
-        def part(value: Any) -> Any:
-            return value[mine] if isinstance(value, Tensor) else value
+def _of_rows(module: nn.Module, head: nn.Module, args: Any, kwargs: dict[str, Any], mine: list[int]) -> Tensor:
+    """The head's output for these rows, in the mode that the model's own is in."""
 
-        rows, self.store._rows = self.store._rows, None
-        try:
-            given = {key: part(value) for key, value in kwargs.items()}
-            return torch.func.functional_call(module, tensors, tuple(map(part, args)), given)
-        finally:
-            self.store._rows = rows
+    def part(value: Any) -> Any:
+        return value[mine] if isinstance(value, Tensor) else value
+
+    if head.training != module.training:
+        head.train(module.training)
+    return head(*map(part, args), **{key: part(value) for key, value in kwargs.items()})
