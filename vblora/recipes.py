@@ -1,4 +1,4 @@
-"""Settings with which VB-LoRA learns in LoRA's number of steps, from the widths of a model's layers (docs/recipe.md).
+"""Settings with which VB-LoRA learns faster per step, from the widths of a model's layers (docs/recipe.md).
 
 Why plain settings are slow. A vector of the bank serves n sub-vectors, and their gradients are as good as orthogonal to
 each other. So a step moves each sub-vector by the rate times about 1/sqrt(n) along its own gradient, and by the rest
