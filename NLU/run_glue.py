@@ -35,10 +35,11 @@ from glue_data import TaskData, load_task, tokenize
 from glue_tasks import Task, compute_metrics, get_task
 from hyperparameters import TARGETS, row
 from vblora.adapter import Adapter
+from vblora.files.reading import read_bank
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint
 from vblora.methods import SelectionVBLoRA, VBLoRA
-from vblora.methods.vb_lora import read_bank, use_bank
+from vblora.methods.vb_lora import use_bank
 from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
 from vblora.switch import Adapted, AnyAdapter, apply_method, read_config_file

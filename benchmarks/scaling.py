@@ -17,10 +17,11 @@ import torch
 from turns import report
 
 from vblora.bank import at_most_one
+from vblora.counts import count_lora
 from vblora.files import packed
 from vblora.io import read_json
 from vblora.methods import VBLoRAConfig
-from vblora.shapes import LayerShape, count_lora, sub_vectors
+from vblora.shapes import LayerShape, sub_vectors
 from vblora_experiments import commands
 
 R, H, B, K, LORA_R = 4, 2048, 256, 2, 64

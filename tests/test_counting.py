@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from vblora import shapes as counts
+from vblora import counts
 from vblora.shapes import LayerShape, sub_vectors
 from vblora_experiments.paper_counts import (
     METHOD_NAMES,

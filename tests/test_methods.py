@@ -8,7 +8,7 @@ from core_helpers import METHODS, adapt, build, config_for, make_batch, run
 from torch import nn
 
 import vblora
-from vblora import shapes as counts
+from vblora import counts
 from vblora.methods.lora_xs import truncated_svd
 
 

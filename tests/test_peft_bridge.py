@@ -11,7 +11,7 @@ from core_helpers import build, groups_for, make_batch, run
 from safetensors.torch import load_file
 
 import vblora
-from vblora import shapes as counts
+from vblora import counts
 from vblora.methods.through_peft import PeftAdapter, peft_config
 from vblora.switch import FullFineTuning, apply_method, field_names, parse_settings
 from vblora.targets import find_targets, layer_shapes

@@ -9,7 +9,8 @@ from language_helpers import tiny_llama
 import vblora
 from vblora.cli import main as command
 from vblora.files import packed, shared_bank
-from vblora.methods.vb_lora import read_bank, use_bank
+from vblora.files.reading import read_bank
+from vblora.methods.vb_lora import use_bank
 
 CONFIG = {"r": 2, "num_vectors": 20, "vector_length": 16, "topk": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import vblora
-from vblora import shapes as counts
+from vblora import counts
 from vblora.methods import LoRAXSConfig, TiedLoRAConfig
 from vblora.targets import find_targets, layer_shapes
 

@@ -1,30 +1,28 @@
 """Attach an adapter to a model; save, load, merge and detach it. Written once, for every method.
 
 A method gives each adapted layer two factors, A (r x in) and B (out x r). How they come of its parameters stands in its
-configuration (`vblora.config.AdapterConfig`), and what they do to a layer's output in `vblora.forward`.
+configuration (`vblora.config.AdapterConfig`), and what they do to a layer's output in `vblora.forward`. The formats of
+`vblora.files` are imported by the functions that read or write a file: attaching and training need none of them.
 """
 
 from __future__ import annotations
 
 import keyword
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from vblora.config import AdapterConfig, VBLoRAConfig
-from vblora.files import lora, match, packed
-from vblora.files.content import Content, FileContent, check_heads, form_of, head_tensors
-from vblora.files.directory import FORMATS, FORMS, TornPair, read_config, read_content, write_directory
+from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
     find_saved,
     find_targets,
+    head_tensors,
     is_conv1d,
     is_quantized,
     layer_shapes,
@@ -33,7 +31,8 @@ from vblora.targets import (
     weight_part,
 )
 
-WAITS = (0.01, 0.05, 0.25)  # seconds before a directory that another process is saving is read again
+if TYPE_CHECKING:
+    from vblora.files.content import Content, FileContent
 
 
 @torch.inference_mode(False)  # the adapter's own tensors must be normal ones, to be watched and trained
@@ -95,36 +94,15 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None, tr
         ValueError: the files are damaged, hold something else, or do not fit the model; the message names
             what is wrong. The model is as it was.
     """
-    path = Path(directory)
-    if path.is_file():
-        content = packed.read(path)
-        config, saved = content.config, find_saved(model, content.config)
-        targets = match.find_layers(model, content, path)
-        read = _read_packed(content, path, layer_shapes(targets, config), saved)
-    else:
-        config, targets, saved, read = _read_directory(model, path)
+    from vblora.files.reading import read_for
+
+    found = read_for(model, Path(directory))
     with torch.inference_mode(False):
-        adapter = install(model, Adapter.methods[type(config)](config, targets, None), name, saved)
-    _take_over(adapter, read, redraw=trainable)
+        adapter = install(
+            model, Adapter.methods[type(found.config)](found.config, found.targets, None), name, found.saved
+        )
+    adapter.take_over(found.content, redraw=trainable)
     return adapter
-
-
-def _read_directory(
-    model: nn.Module, path: Path
-) -> tuple[AdapterConfig, dict[str, nn.Module], dict[str, nn.Module], FileContent]:
-    """What a directory holds for this model; where it is being saved at this moment, what it holds then."""
-    for wait in (*WAITS, None):
-        config, is_peft = read_config(path)
-        targets, saved = find_targets(model, config), find_saved(model, config)
-        try:
-            read = read_content(path, config, is_peft, layer_shapes(targets, config), saved)
-        except TornPair:
-            if wait is None:
-                raise
-            time.sleep(wait)
-        else:
-            break
-    return config, targets, saved, read
 
 
 def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redraw: bool = False) -> None:
@@ -137,59 +115,17 @@ def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redr
     Raises:
         ValueError: as in `load`, or the settings differ, or it is the top-k form. The adapter is as it was.
     """
-    path = Path(directory)
-    saved = adapter.saved if heads else None
-    if path.is_file():
-        content = packed.read(path)
-        _require_settings(adapter, content.config, path, {shape.name for shape in content.shapes})
-        read = _read_packed(content, path, adapter.shapes, saved)
-    else:
-        config, is_peft = read_config(path)
-        model, _ = adapter._require_home()
-        _require_settings(adapter, config, path, set(find_targets(model, config)))
-        read = read_content(path, config, is_peft, adapter.shapes, saved)
-    if isinstance(adapter.config, VBLoRAConfig) and form_of(read.native) != "full" and not redraw:
+    from vblora.files.reading import read_values
+
+    content = read_values(
+        adapter.home[0], Path(directory), adapter.config, adapter.shapes, adapter.saved if heads else None
+    )
+    if isinstance(adapter.config, VBLoRAConfig) and content.form != "full" and not redraw:
         raise ValueError(
-            f'{path} holds the top-k form; to train on it must be the full one (form="full"), '
+            f'{directory} holds the top-k form; to train on it must be the full one (form="full"), '
             "or its missing logits drawn again (redraw=True)"
         )
-    _take_over(adapter, read, redraw)
-
-
-def _require_settings(adapter: Adapter, config: AdapterConfig, path: Path, names: set[str]) -> None:
-    """Refuse a file of other settings than the adapter's; its layers may be named in another way."""
-    ours, theirs = adapter.config.to_dict(), config.to_dict()
-    if names == set(adapter.targets):
-        theirs["target_modules"] = ours["target_modules"]
-    if type(config) is not type(adapter.config) or ours != theirs:
-        changed = [key for key in ours if ours[key] != theirs.get(key)]
-        raise ValueError(f"{path} has other settings than this run: {', '.join(changed) or config.method}")
-
-
-def _read_packed(
-    content: Content, path: Path, shapes: Sequence[LayerShape], saved: dict[str, nn.Module] | None
-) -> FileContent:
-    """A packed file's content in the order of these layers; its own tensors are checked already."""
-    try:
-        native = match.in_order_of(content, shapes)
-        if saved is not None:
-            check_heads(content.heads, head_tensors(saved))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return FileContent(native, {} if saved is None else content.heads, content.init_seed)
-
-
-def _take_over(adapter: Adapter, content: FileContent, redraw: bool) -> None:
-    adapter.init_seed = content.init_seed
-    adapter._composed = None
-    with torch.inference_mode(False):
-        adapter.load_tensors(content.native)
-        if redraw:
-            adapter.make_trainable(content.init_seed or 0)
-    own = head_tensors(adapter.saved)
-    with torch.no_grad():
-        for key, tensor in content.heads.items():
-            own[key].copy_(tensor)
+    adapter.take_over(content, redraw=redraw)
 
 
 class Adapter(ForwardPath):
@@ -242,33 +178,42 @@ class Adapter(ForwardPath):
     def make_trainable(self, seed: int) -> None:
         """Make up for what a top-k file lacks: nothing, but for VB-LoRA."""
 
+    @torch.no_grad()
+    def take_over(self, content: FileContent, *, redraw: bool) -> None:
+        """Take over a file's tensors, heads and seed, all of them checked; `redraw` as in `restore`."""
+        self.init_seed = content.init_seed
+        self.forget()
+        with torch.inference_mode(False):
+            self.load_tensors(content.native)
+            if redraw:
+                self.make_trainable(content.init_seed or 0)
+        own = head_tensors(self.saved)
+        for key, tensor in content.heads.items():
+            own[key].copy_(tensor)
+
     # -- what users call -----------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
         """The attribute of the model that holds this adapter."""
-        return self._require_home()[1]
-
-    @property
-    def merged(self) -> bool:
-        return self._merged
+        return self.home[1]
 
     def layer_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in) and B (out, r) of each layer by name, in the adapter's own precision, without gradient."""
         with torch.no_grad():
-            pairs = self.factors(self._current().tensors)
+            pairs = self.factors(self.current().tensors)
         return {shape.name: (a, b.T) for shape, (a, b) in zip(self.shapes, pairs, strict=True)}
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model alone. Modules of `modules_to_save` stay as they are: they are trained in place."""
-        if self._merged:
+        if self.merged:
             raise ValueError("a merged adapter cannot be switched off: unmerge it first")
-        before, self._enabled = self._enabled, False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self._enabled = before
+            self.enabled = before
 
     @torch.no_grad()
     def merge(self, *, reversible: bool = True) -> None:
@@ -281,7 +226,7 @@ class Adapter(ForwardPath):
             ValueError: already merged, or a weight is quantised, offloaded or shared with another module. Nothing
                 has been merged then.
         """
-        if self._merged:
+        if self.merged:
             raise ValueError("the adapter is merged already")
         for name, module in self.targets.items():
             if is_quantized(module):
@@ -302,26 +247,26 @@ class Adapter(ForwardPath):
         for name, (a, b) in factors.items():
             delta, weight = b @ a, weights[name]  # (out, in)
             weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
-        self._merged_over = sum(other._merged for other in self._others())
-        self._merged = True
+        self._merged_over = sum(other.merged for other in self._others())
+        self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weights back as they were before `merge`, bit for bit."""
-        if not self._merged:
+        if not self.merged:
             raise ValueError("the adapter is not merged")
         if self._originals is None:
             raise ValueError("merged with reversible=False: the base weights were not kept")
         for other in self._others():
-            if other._merged and other._merged_over > self._merged_over:
+            if other.merged and other._merged_over > self._merged_over:
                 raise ValueError(f"{other.name} was merged after {self.name}: unmerge it first")
         for name, module in self.targets.items():
             weight_part(module, self.outputs[name]).copy_(self._originals[name])
-        self._merged, self._originals = False, None
+        self.merged, self._originals = False, None
 
     def detach(self) -> None:
         """Take the adapter off. A merged adapter stays merged into the weights; else the base model is back."""
-        model, name = self._require_home()
+        model, name = self.home
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -331,7 +276,7 @@ class Adapter(ForwardPath):
         for parameter_name, parameter in model.named_parameters():
             if parameter.is_floating_point() and id(parameter) not in kept:
                 parameter.requires_grad_(not others and parameter_name in self._trainable_before)
-        self._home = None
+        self.home = None
 
     def stored_parameters(self) -> Count:
         """What the adapter stores, without the modules of `modules_to_save`: see `vblora.shapes.Count`."""
@@ -341,9 +286,13 @@ class Adapter(ForwardPath):
         """All that a file of this form holds.
 
         Raises:
-            ValueError: the adapter is attached to no model.
+            ValueError: no such form, or the adapter is attached to no model.
         """
-        model, _ = self._require_home()
+        from vblora.files.content import Content
+
+        if form not in FORMS:
+            raise ValueError(f"form is one of {', '.join(FORMS)}, not {form!r}")
+        model, _ = self.home
         return Content(
             self.config.kept(form),
             list(self.shapes),
@@ -365,20 +314,24 @@ class Adapter(ForwardPath):
         Raises:
             ValueError: a form or format that cannot hold this adapter. Nothing is written then.
         """
-        if form not in FORMS or format not in FORMATS:
-            raise ValueError(f"form is one of {FORMS} and format one of {FORMATS}, not {form!r} and {format!r}")
+        from vblora.files.directory import write_directory
+
         write_directory(self.content(form), directory, format)
 
     def pack(
         self, path: str | Path, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
     ) -> int:
         """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.files.packed.write`."""
+        from vblora.files import packed
+
         return packed.write(self.content(), path, bank=bank, weights=weights, heads=heads)
 
     def export_lora(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.files.lora`."""
-        model, _ = self._require_home()
-        lora.export(self.content(), directory, self.layer_factors(), dtype=dtype, task_type=lora.task_type_of(model))
+        from vblora.files import lora
+
+        task_type = lora.task_type_of(self.home[0])
+        lora.export(self.content(), directory, self.layer_factors(), dtype=dtype, task_type=task_type)
 
     def start_from(self, directory: str | Path, *, redraw: bool = False) -> None:
         """Take over the values of a saved adapter of the same settings, but not its heads: see `restore`."""
@@ -392,7 +345,7 @@ class Adapter(ForwardPath):
 
     def _install(self, model: nn.Module, name: str, saved: dict[str, nn.Module]) -> None:
         self.saved = saved
-        self._home = (model, name)
+        self.home = (model, name)
         others = self._others()
         kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
         heads = _parameter_ids(*saved.values())
@@ -417,23 +370,18 @@ class Adapter(ForwardPath):
 
     def _others(self) -> list[Adapter]:
         """The model's other adapters."""
-        model, _ = self._require_home()
+        model, _ = self.home
         return [module for module in model.children() if isinstance(module, Adapter) and module is not self]
 
     def _sharing(self, name: str) -> list[str]:
         """Other modules whose parameter is the very weight of this target."""
-        model, _ = self._require_home()
+        model, _ = self.home
         weight, target = weight_of(self.targets[name]), self.targets[name]
         return [
             other
             for other, module in model.named_modules()
             if module is not target and any(p is weight for p in module._parameters.values())
         ]
-
-    def _require_home(self) -> tuple[nn.Module, str]:
-        if self._home is None:
-            raise ValueError("the adapter is not attached to a model")
-        return self._home
 
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:

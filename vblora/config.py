@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from vblora import shapes as counts
 from vblora.bank import Factors, Layout, compose, selected_logits
-from vblora.selection import RULES
-from vblora.shapes import Count, LayerShape
+from vblora.shapes import Count, LayerShape, count_vblora, float32, sub_vectors
+
+FORMS = ("topk", "full")  # of a file: what one keeps and uses, or what one needs to go on training
 
 
 class TensorSpec(NamedTuple):
@@ -48,6 +48,8 @@ class AdapterConfig:
 
     method: ClassVar[str]
     known: ClassVar[dict[str, type[AdapterConfig]]] = {}
+    kept_as_itself: ClassVar[bool] = True
+    """Whether what is kept after training is of this method: see `kept`."""
 
     r: int = 4
     target_modules: list[str] | str | None = None
@@ -94,7 +96,7 @@ class AdapterConfig:
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
         """What is stored, without the modules of `modules_to_save`: all numbers of a file, in float32."""
-        return counts.float32(sum(math.prod(spec.shape) for spec in self.spec(shapes, "topk").values()))
+        return float32(sum(math.prod(spec.shape) for spec in self.spec(shapes, "topk").values()))
 
     def kept(self, form: str) -> AdapterConfig:
         """The settings that a file of this form is written with."""
@@ -247,7 +249,7 @@ class VBLoRAConfig(AdapterConfig):
         return self.vblora_dropout
 
     def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        n = counts.sub_vectors(shapes, self.r, self.vector_length)
+        n = sub_vectors(shapes, self.r, self.vector_length)
         h, b, k = self.num_vectors, self.vector_length, self.topk
         bank = {"vector_bank": TensorSpec((h, b))}
         if form == "full":
@@ -255,7 +257,7 @@ class VBLoRAConfig(AdapterConfig):
         return {**bank, "topk_indices": TensorSpec((n, k), below=h), "topk_weights": TensorSpec((n, k - 1))}
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
-        return counts.count_vblora(
+        return count_vblora(
             shapes, r=self.r, num_vectors=self.num_vectors, vector_length=self.vector_length, topk=self.topk
         )
 
@@ -263,45 +265,6 @@ class VBLoRAConfig(AdapterConfig):
         selected = selected_logits(tensors["topk_weights"])
         table = compose(tensors["vector_bank"].float(), tensors["topk_indices"].long(), selected)
         return Layout(shapes, self.r, self.vector_length).factors(table)
-
-
-@dataclass(kw_only=True)
-class SelectionConfig(VBLoRAConfig):
-    """Settings of VB-LoRA with another selection rule (see `vblora.selection` for the equations).
-
-    Args:
-        rule: "noisy_topk", "gumbel" or "gumbel_st".
-        tau: temperature of the Gumbel rules.
-        topk: k, the vectors selected: in training by noisy top-k, at inference by every rule.
-    """
-
-    method: ClassVar[str] = "vblora_selection"
-
-    rule: str = "noisy_topk"
-    tau: float = 1 / 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rule not in RULES:
-            raise ValueError(f"rule is one of {', '.join(RULES)}, not {self.rule!r}")
-        self.require_number("tau")
-        if self.tau == 0:
-            raise ValueError("tau must be above 0")
-
-    @property
-    def temperature(self) -> float:
-        """What the logits are divided by."""
-        return 1.0 if self.rule == "noisy_topk" else self.tau
-
-    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
-        specs = super().spec(shapes, "full")
-        return {**specs, "noise_scale": specs["logits"]} if self.rule == "noisy_topk" else specs
-
-    def kept(self, form: str) -> AdapterConfig:
-        """At inference it is plain VB-LoRA, and kept as that."""
-        if form == "full":
-            return self
-        return VBLoRAConfig(**{field.name: getattr(self, field.name) for field in fields(VBLoRAConfig)})
 
 
 def _is_list(value: Any, kind: type) -> bool:

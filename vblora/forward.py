@@ -35,11 +35,35 @@ class ForwardPath(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
-        self._merged = False
-        self._enabled = True
+        self.merged = False
+        self.enabled = True
         self._composition: _Composition | None = None
         self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
         self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
+
+    @property
+    def home(self) -> tuple[nn.Module, str]:
+        """The model that the adapter is attached to, and the attribute of the model that holds it.
+
+        Raises:
+            ValueError: it is attached to none.
+        """
+        if self._home is None:
+            raise ValueError("the adapter is not attached to a model: attach one, or load it into its model")
+        return self._home
+
+    @home.setter
+    def home(self, home: tuple[nn.Module, str] | None) -> None:
+        self._home = home
+
+    @property
+    def went_backward(self) -> bool:
+        """Whether a backward pass has been through the factors as they are composed now."""
+        return self._composition is not None and self._composition.used
+
+    def forget(self) -> None:
+        """Let go of what was composed: the parameters are about to change."""
+        self._composition = self._composed = None
 
     def compose(self) -> tuple[Tensor, ...]:
         """What all factors are made of, computed from the parameters with their graph."""
@@ -68,7 +92,7 @@ class ForwardPath(nn.Module):
         ]
         return handles
 
-    def _current(self, *, layer: int | None = None) -> _Composition:
+    def current(self, *, layer: int | None = None) -> _Composition:
         """The composition for `layer`, or for a new forward pass of the whole model: the last one if it still serves.
 
         It does not if a parameter changed or its graph has been used up. A new forward pass gets a graph of its
@@ -80,7 +104,7 @@ class ForwardPath(nn.Module):
         new_pass = layer is None
         if new_pass:
             self._pass_has_graph = want_graph
-        state = self._state_key()
+        state = self.state_key()
         last = self._composition
         if (
             last is None
@@ -94,7 +118,7 @@ class ForwardPath(nn.Module):
             self._composition.to_recompute.add(layer)
         return self._composition
 
-    def _state_key(self) -> tuple[Any, ...]:
+    def state_key(self) -> tuple[Any, ...]:
         """Changes whenever a parameter or buffer is written to or moved."""
         tensors = [*self._parameters.values(), *self._buffers.values()]
         return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
@@ -105,7 +129,7 @@ class ForwardPath(nn.Module):
         if torch.compiler.is_compiling():
             factors = self._traced_factors(indices, output.dtype, output.device)
         else:
-            factors = self._current(layer=indices[0]).factors(output.dtype, output.device)
+            factors = self.current(layer=indices[0]).factors(output.dtype, output.device)
         if x.dtype != output.dtype or x.device != output.device:
             x = x.to(device=output.device, dtype=output.dtype)
         if self.training and self.config.dropout:
@@ -230,11 +254,11 @@ class _RootHook:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         adapter = self.adapter
-        if adapter._enabled and not adapter._merged:
+        if adapter.enabled and not adapter.merged:
             if torch.compiler.is_compiling():
                 adapter._composed = adapter._traced_composition()
             else:
-                composition = adapter._current()
+                composition = adapter.current()
                 adapter._composed = composition.factors(*composition.own_precision)
 
 
@@ -257,7 +281,7 @@ class _LayerHook:
         self.indices = indices
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter._enabled or self.adapter._merged:
+        if not self.adapter.enabled or self.adapter.merged:
             return output
         x = args[0] if args else next(iter(kwargs.values()))
         # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
@@ -277,8 +301,7 @@ class _EmbeddingHook:
         self.adapter = adapter
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        assert self.adapter._home is not None
-        model, _ = self.adapter._home
+        model, _ = self.adapter.home
         if model.training and torch.is_grad_enabled() and not output.requires_grad:
             if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
                 output.requires_grad_(True)

@@ -15,7 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MOVED = {
-    "vblora.counting": "vblora.shapes",
+    "vblora.counting": "vblora.counts",
     "vblora.paper_counts": "vblora_experiments.paper_counts",
     "vblora.methods.switch": "vblora.switch",
     "vblora.methods.peft_bridge": "vblora.methods.through_peft",

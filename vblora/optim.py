@@ -133,7 +133,7 @@ class AdamW(torch.optim.AdamW):
                 adapter = owner_of(parameter)
                 if adapter is None:
                     continue
-                adapter._require_logits()
+                adapter.logit_table()
                 if group.get("maximize") or group.get("amsgrad"):
                     raise ValueError("maximize and amsgrad are not offered for VB-LoRA's logits")
 
@@ -160,7 +160,7 @@ class AdamW(torch.optim.AdamW):
     def _step_logits(self, group: dict[str, Any], parameter: nn.Parameter, adapter: VBLoRA) -> None:
         gradient = parameter.grad  # (N, k)
         assert gradient is not None
-        table = adapter._require_logits()
+        table = adapter.logit_table()
         table.make_room()
         state = self._logits_state(parameter, table)
         slots = table.slots  # (N, k)
@@ -175,8 +175,7 @@ class AdamW(torch.optim.AdamW):
         square = state["exp_avg_sq"].mul_(beta2).scatter_add_(1, slots, gradient.square() * (1 - beta2))
         denominator = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         table.values.addcdiv_(mean, denominator, value=-lr / (1 - beta1**step))
-        adapter._select()
-        adapter._selection_kept = True
+        adapter.take_selection()
 
     def _logits_state(self, parameter: nn.Parameter, table: LogitTable) -> dict[str, Any]:
         """The moments, slot by slot as the table is now. `indices` is the table's own tensor while they agree."""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from vblora import shapes as counts
+from vblora import counts
 from vblora.config import VBLoRAConfig
 from vblora.optim import param_groups
-from vblora.shapes import Count, LayerShape
+from vblora.shapes import Count, LayerShape, tiles
 from vblora.targets import find_targets, layer_shapes
 
 RANK = 4
@@ -198,7 +198,7 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
 
 def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
     """The mean of 1 / in_features over the sub-vectors of A."""
-    tiles = [counts.tiles(shape.in_features, b) for shape in shapes]
+    tiles = [tiles(shape.in_features, b) for shape in shapes]
     return sum(n / shape.in_features for n, shape in zip(tiles, shapes, strict=True)) / sum(tiles)
 
 

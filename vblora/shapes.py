@@ -1,16 +1,14 @@
-"""What each method stores, counted from the shapes of the adapted layers alone.
+"""The shapes of the adapted layers, and what VB-LoRA stores for them.
 
-The paper compares methods by "# params": what has to be kept after training, in float32 equivalents
-(four bytes make one parameter). For most methods that is the number of trained values. For VB-LoRA it
-depends on how an index into the bank is counted, and the paper's tables do not always count it the same
-way; `Count` therefore carries the three rules in use. The paper's own figures are in `paper_counts`.
-
-Only the standard library is needed here.
+The paper compares methods by "# params": what has to be kept after training, in float32 equivalents (four bytes make
+one parameter). For VB-LoRA it depends on how an index into the bank is counted, and the paper's tables do not always
+count it the same way; `Count` therefore carries the three rules in use. The other methods are counted in
+`vblora.counts`. Only the standard library is needed here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 FLOAT32_BYTES = 4
@@ -49,16 +47,13 @@ class Count(NamedTuple):
     """True bytes of the tensors in the saved file; the file's header is not included."""
 
 
-# --- VB-LoRA ---------------------------------------------------------------------------------------
-
-
 def sub_vectors(shapes: Sequence[LayerShape], r: int, vector_length: int) -> int:
     """N, the number of sub-vectors of all the factors A (r x in) and B (out x r) together.
 
     N = sum over layers of r * ceil(in / b) + r * ceil(out / b), b being `vector_length`. Where b does not
     divide a dimension the last sub-vector of each row is cut to fit, and still needs its own selection.
     """
-    _require_positive(r=r, vector_length=vector_length)
+    require_positive(r=r, vector_length=vector_length)
     return sum(
         r * (tiles(shape.in_features, vector_length) + tiles(shape.out_features, vector_length)) for shape in shapes
     )
@@ -71,7 +66,7 @@ def tiles(features: int, vector_length: int) -> int:
 
 def index_bytes(num_vectors: int) -> int:
     """Bytes of the smallest unsigned integer (1, 2, 4 or 8) that holds every index 0 .. num_vectors - 1."""
-    _require_positive(num_vectors=num_vectors)
+    require_positive(num_vectors=num_vectors)
     return next(size for size in (1, 2, 4, 8) if num_vectors <= 256**size)
 
 
@@ -81,7 +76,7 @@ def peft_index_bytes(num_vectors: int) -> int:
     PEFT compares strictly (uint8 below 256 vectors) and uses signed types beyond, so that a bank of
     exactly 256 vectors takes two bytes an index where one would do.
     """
-    _require_positive(num_vectors=num_vectors)
+    require_positive(num_vectors=num_vectors)
     if num_vectors < 2**8:
         return 1
     if num_vectors < 2**15:
@@ -96,7 +91,7 @@ def count_vblora(shapes: Sequence[LayerShape], *, r: int, num_vectors: int, vect
     h b + N ((k - 1) + k s / 4), with s bytes an index; k = 2 and s = 1 give the paper's 1.5
     per sub-vector. `bytes` is that of PEFT's top-k form (`save_only_topk_weights`).
     """
-    _require_positive(num_vectors=num_vectors, topk=topk)
+    require_positive(num_vectors=num_vectors, topk=topk)
     if topk > num_vectors:
         raise ValueError(f"topk ({topk}) is larger than num_vectors ({num_vectors})")
     selections = sub_vectors(shapes, r, vector_length)
@@ -113,68 +108,6 @@ def count_vblora(shapes: Sequence[LayerShape], *, r: int, num_vectors: int, vect
     )
 
 
-# --- The methods it is compared with: every stored value is a float32 -------------------------------
-
-
-def count_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
-    """LoRA (arXiv 2106.09685): A and B of every layer, sum of r (in + out)."""
-    _require_positive(r=r)
-    return float32(sum(r * (shape.in_features + shape.out_features) for shape in shapes))
-
-
-def count_vera(shapes: Sequence[LayerShape], *, r: int) -> Count:
-    """VeRA (arXiv 2310.11454): an r-vector and an output vector per layer, sum of r + out.
-
-    The random matrices that all layers share are made again from their seed, and not stored.
-    """
-    _require_positive(r=r)
-    return float32(sum(r + shape.out_features for shape in shapes))
-
-
-def count_tied_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
-    """Tied-LoRA (arXiv 2311.09578): A and B once per kind of layer; an r-vector and an output vector each.
-
-    Sum over kinds of r (in + out), plus sum over layers of r + out. Layers tie when `LayerShape.kind`
-    is the same; one kind with two different shapes cannot be tied and is a ValueError.
-    """
-    _require_positive(r=r)
-    tied: dict[str, LayerShape] = {}
-    for shape in shapes:
-        first = tied.setdefault(shape.kind, shape)
-        if first[1:] != shape[1:]:
-            raise ValueError(
-                f"Tied-LoRA cannot tie {first.name} ({first.in_features} -> {first.out_features}) to "
-                f"{shape.name} ({shape.in_features} -> {shape.out_features}): their shapes differ"
-            )
-    shared = sum(r * (shape.in_features + shape.out_features) for shape in tied.values())
-    return float32(shared + sum(r + shape.out_features for shape in shapes))
-
-
-def count_lora_xs(shapes: Sequence[LayerShape], *, r: int) -> Count:
-    """LoRA-XS (arXiv 2405.17604): one r x r matrix per layer, L r^2.
-
-    A and B come from the singular value decomposition of the base weight and are not stored.
-    """
-    _require_positive(r=r)
-    return float32(len(shapes) * r * r)
-
-
-def count_full(model_parameters: int) -> Count:
-    """Full fine-tuning: every parameter of the model, in float32."""
-    _require_positive(model_parameters=model_parameters)
-    return float32(model_parameters)
-
-
-METHODS: dict[str, Callable[..., Count]] = {
-    "vblora": count_vblora,
-    "lora": count_lora,
-    "vera": count_vera,
-    "tied_lora": count_tied_lora,
-    "lora_xs": count_lora_xs,
-}
-"""The adapter methods by name. Each function takes the layer shapes, then its hyper-parameters by keyword."""
-
-
 def float32(parameters: int) -> Count:
     """All of them float32: every rule counts the same."""
     return Count(parameters, parameters, parameters, parameters * FLOAT32_BYTES)
@@ -184,7 +117,7 @@ def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 
 
-def _require_positive(**values: int) -> None:
+def require_positive(**values: int) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ValueError(f"{name} must be a positive whole number, not {value}")

@@ -10,10 +10,11 @@ from torch import nn
 
 from vblora.adapter import Adapter, attach
 from vblora.config import AdapterConfig
+from vblora.counts import count_full
 from vblora.io import read_json, read_tensors
 from vblora.methods.through_peft import PeftAdapter, peft_config, peft_config_class, peft_config_from_dict
 from vblora.recipes import Recipe, recipe
-from vblora.shapes import Count, count_full
+from vblora.shapes import Count
 
 HEADS = ("classifier.", "score.")  # where transformers' models keep a task's head
 RECIPE = "recipe"  # the key of settings that are to be chosen by `vblora.recipe`

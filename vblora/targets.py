@@ -122,6 +122,11 @@ def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     return saved
 
 
+def head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of the modules trained in full, by their names in the model."""
+    return {f"{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}
+
+
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and what derives from it (bitsandbytes' 4- and 8-bit layers), or transformers' Conv1D.
 

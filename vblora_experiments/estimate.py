@@ -12,10 +12,11 @@ import torch
 from transformers import TrainingArguments
 
 from vblora import models
+from vblora.counts import METHODS, count_full
 from vblora.hub import from_hub
 from vblora.methods import VBLoRAConfig
 from vblora.methods.through_peft import peft_config
-from vblora.shapes import METHODS, Count, count_full, sub_vectors
+from vblora.shapes import Count, sub_vectors
 from vblora.switch import OWN_METHODS, own_config
 from vblora.targets import find_targets, is_linear, layer_shapes
 from vblora_experiments.instruction_data import FORMS

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from typing import NamedTuple
 
-from vblora.shapes import METHODS, Count, LayerShape, count_full
+from vblora.counts import METHODS, count_full
+from vblora.shapes import Count, LayerShape
 
 # --- The models -------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ UNEXPLAINED = {("llama2_7b", "vblora"), ("llama2_13b", "vblora")}
 
 @pytest.mark.parametrize(("model", "method"), instruct_paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.shapes import METHODS as COUNTS
+    from vblora.counts import METHODS as COUNTS
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"llama2_7b": "Llama2-7B", "llama2_13b": "Llama2-13B"}[model]]

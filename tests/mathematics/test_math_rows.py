@@ -46,8 +46,8 @@ def test_vb_loras_rows_are_the_papers(model):
 
 @pytest.mark.parametrize(("model", "method"), math_paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.shapes import METHODS as COUNTS
-    from vblora.shapes import count_full
+    from vblora.counts import METHODS as COUNTS
+    from vblora.counts import count_full
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"mistral_7b": "Mistral-7B", "gemma_7b": "Gemma-7B"}[model]]

@@ -66,7 +66,7 @@ UNEXPLAINED = {("gpt2_medium", "lora"), ("gpt2_large", "lora"), ("gpt2_large", "
 
 @pytest.mark.parametrize(("model", "method"), [key for key in e2e_paper.PARAMETERS if key[1] != "full"])
 def test_the_ranks_give_the_papers_parameters(model, method):
-    from vblora.shapes import METHODS as COUNTS
+    from vblora.counts import METHODS as COUNTS
 
     flags = row(f"{model}/{method}")
     shapes = SHAPES[{"gpt2_medium": "GPT-2-Medium", "gpt2_large": "GPT-2-Large"}[model]]

@@ -97,8 +97,8 @@ def test_the_baselines_rows_are_their_papers(model, method):
 @pytest.mark.parametrize(("model", "method"), paper.PARAMETERS)
 def test_the_ranks_give_the_papers_parameters(model, method):
     """But for two figures that no setting gives: RoBERTa-large qv and Tied-LoRA all on base (docs)."""
-    from vblora.shapes import METHODS as COUNTS
-    from vblora.shapes import count_full
+    from vblora.counts import METHODS as COUNTS
+    from vblora.counts import count_full
 
     flags = row(f"{model}/cola/{method}")
     shapes = SHAPES[{"roberta_base": "RoBERTa-base", "roberta_large": "RoBERTa-large"}[model]]

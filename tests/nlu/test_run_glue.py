@@ -18,8 +18,8 @@ import generate_cola
 import hyperparameters
 import run_glue
 import vblora
+from vblora.files.reading import read_bank
 from vblora.io import read_json, read_tensors
-from vblora.methods.vb_lora import read_bank
 from vblora_experiments import plans
 
 NLU = Path(run_glue.__file__).parent

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vblora.config import AdapterConfig, TensorSpec
 from vblora.files import layer_names
@@ -77,6 +77,11 @@ class FileContent(NamedTuple):
     heads: dict[str, Tensor]
     init_seed: int | None
 
+    @property
+    def form(self) -> str:
+        """ "topk" or "full"."""
+        return form_of(self.native)
+
 
 def form_of(native: dict[str, Tensor]) -> str:
     """Which form these tensors of an adapter are."""
@@ -130,11 +135,6 @@ def check_weights(weights: Tensor) -> None:
     values = weights.float()
     if values.numel() and (values.min() < -slack or values.sum(dim=-1).max() > 1 + slack):
         raise ValueError("topk_weights has a row that is no mixture: weights below 0, or a sum above 1")
-
-
-def head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of the modules trained in full, by their names in the model."""
-    return {f"{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}
 
 
 def check_heads(heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -27,16 +27,16 @@ from torch import Tensor, nn
 from vblora.bank import smallest_index_dtype
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import peft_format
-from vblora.files.content import Content, FileContent, check_floats, check_heads, check_tensors, form_of, head_tensors
+from vblora.files.content import Content, FileContent, check_floats, check_heads, check_tensors, form_of
 from vblora.io import read_json, read_metadata, read_tensors, write_json, write_tensors
 from vblora.shapes import LayerShape
+from vblora.targets import head_tensors
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 METHOD_KEY = "vblora_method"
 CHECKSUM = "vblora_sha256"  # in the metadata of the tensor file, which other readers ignore
 HEAD_PREFIX = "head."
-FORMS = ("topk", "full")
 FORMATS = ("auto", "peft", "native")
 
 
@@ -44,8 +44,11 @@ def write_directory(content: Content, directory: str | Path, format: str = "auto
     """Write an adapter into a directory; what was there is replaced, each file in one step.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite numbers, which no reader would take. What was there stays.
+        ValueError: no such format, one that cannot hold this adapter, or a tensor holds NaN or infinite numbers, which
+            no reader would take. What was there stays.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     for name, tensor in {**content.tensors, **content.heads}.items():
         if tensor.is_floating_point():
             check_floats(name, tensor)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora.config import AdapterConfig, SelectionConfig, TensorSpec, VBLoRAConfig
+from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.files import shared_bank
 from vblora.files.container import FLOATS, Raw, checksum, deserialize, is_count, parse_json, serialize
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
@@ -251,8 +251,7 @@ def _names(shapes: Sequence[LayerShape]) -> list[str]:
 
 
 def _read_config(header: dict[str, Any], names: list[str]) -> AdapterConfig:
-    # The other selections are kept as plain VB-LoRA.
-    by_name = {name: config for name, config in AdapterConfig.known.items() if config is not SelectionConfig}
+    by_name = {name: config for name, config in AdapterConfig.known.items() if config.kept_as_itself}
     if header["method"] not in by_name:
         raise ValueError(f"method {header['method']!r} is not one of {', '.join(sorted(by_name))}")
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +11,51 @@ from torch import Tensor, nn
 
 from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, select, topk_tensors
-from vblora.config import SelectionConfig
+from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.forward import in_backward
 from vblora.logits import draw as draw_values
-from vblora.selection import draw, gumbel_softmax, noisy_topk
+from vblora.selection import RULES, draw, gumbel_softmax, noisy_topk
+from vblora.shapes import LayerShape
+
+
+@dataclass(kw_only=True)
+class SelectionConfig(VBLoRAConfig):
+    """Settings of VB-LoRA with another selection rule (see `vblora.selection` for the equations).
+
+    Args:
+        rule: "noisy_topk", "gumbel" or "gumbel_st".
+        tau: temperature of the Gumbel rules.
+        topk: k, the vectors selected: in training by noisy top-k, at inference by every rule.
+    """
+
+    method: ClassVar[str] = "vblora_selection"
+    kept_as_itself: ClassVar[bool] = False
+
+    rule: str = "noisy_topk"
+    tau: float = 1 / 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise ValueError(f"rule is one of {', '.join(RULES)}, not {self.rule!r}")
+        self.require_number("tau")
+        if self.tau == 0:
+            raise ValueError("tau must be above 0")
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by."""
+        return 1.0 if self.rule == "noisy_topk" else self.tau
+
+    def spec(self, shapes: Sequence[LayerShape], form: str) -> dict[str, TensorSpec]:
+        specs = super().spec(shapes, "full")
+        return {**specs, "noise_scale": specs["logits"]} if self.rule == "noisy_topk" else specs
+
+    def kept(self, form: str) -> AdapterConfig:
+        """At inference it is plain VB-LoRA, and kept as that."""
+        if form == "full":
+            return self
+        return VBLoRAConfig(**{field.name: getattr(self, field.name) for field in fields(VBLoRAConfig)})
 
 
 class SelectionVBLoRA(Adapter, config=SelectionConfig):
@@ -58,8 +100,8 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
     def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
         return self.layout.factors(composed[0])
 
-    def _state_key(self) -> tuple[Any, ...]:
-        return (self.training, *super()._state_key())
+    def state_key(self) -> tuple[Any, ...]:
+        return (self.training, *super().state_key())
 
     @torch.no_grad()
     def selection(self) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vblora import shapes as counts
 from vblora.adapter import Adapter
 from vblora.bank import Factors
 from vblora.config import ScaledConfig, TensorSpec
+from vblora.counts import count_tied_lora
 from vblora.shapes import Count, LayerShape
 
 
@@ -44,7 +44,7 @@ class TiedLoRAConfig(ScaledConfig):
         return pairs
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
-        return counts.count_tied_lora(shapes, r=self.r)
+        return count_tied_lora(shapes, r=self.r)
 
 
 class TiedLoRA(Adapter, config=TiedLoRAConfig):
@@ -60,7 +60,7 @@ class TiedLoRA(Adapter, config=TiedLoRAConfig):
 
     def __init__(self, config: TiedLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
-        counts.count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
+        count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
         for name, tensor_spec in config.spec(self.shapes, "full").items():
             fill = torch.zeros if name.startswith("factor") else torch.ones
             self.register_parameter(name, nn.Parameter(fill(tensor_spec.shape)))

@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
-from vblora.files import packed
-from vblora.files.directory import TENSOR_FILE
-from vblora.files.peft_format import BANK
-from vblora.io import read_tensors
 from vblora.logits import LogitTable, draw, register_owner
 
 
@@ -75,28 +71,47 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         """The indices (N, k) that training has now."""
         return self.topk_indices
 
+    def logit_table(self) -> LogitTable:
+        """The logits that training keeps, which `vblora.AdamW` moves.
+
+        Raises:
+            ValueError: the adapter came from a top-k file, which has none.
+        """
+        if self.logits is None:
+            raise ValueError(
+                "this adapter came from a top-k file, which holds the selected logits only: to train on, load "
+                'the full form (adapter.save(directory, form="full")), or have the others drawn again '
+                "(vblora.load(model, directory, trainable=True))"
+            )
+        return self.logits
+
     @torch.no_grad()
     def dense_logits(self) -> Tensor:
         """All h logits of each sub-vector, up to date: a new (N, h) tensor."""
-        return self._require_logits().dense().scatter_(1, self.topk_indices, self.topk_logits.detach())
+        return self.logit_table().dense().scatter_(1, self.topk_indices, self.topk_logits.detach())
 
     @torch.no_grad()
     def select(self, logits: Tensor) -> None:
         """Take over these (N, h) logits and select the k largest of each row anew."""
-        table = self._require_logits()
+        table = self.logit_table()
         table.take_over(logits.to(self.vector_bank), logits.topk(self.config.topk, dim=-1).indices, self.init_seed)
         self._select()
 
     @torch.no_grad()
     def reselect(self) -> None:
         """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
-        table = self._require_logits()
+        table = self.logit_table()
         table.make_room()
         table.put(self.topk_logits)
         self._select()
 
+    def take_selection(self) -> None:
+        """Select the k largest logits of the table: what an optimiser calls after it has moved them."""
+        self._select()
+        self._selection_kept = True
+
     def _select(self) -> None:
-        values, indices = self._require_logits().select()
+        values, indices = self.logit_table().select()
         self.topk_logits.copy_(values)
         self.topk_indices.copy_(indices)
 
@@ -131,15 +146,6 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.logits.take_over(drawn.to(self.vector_bank.dtype), self.topk_indices, seed)
         self.topk_logits.copy_(selected)
 
-    def _require_logits(self) -> LogitTable:
-        if self.logits is None:
-            raise ValueError(
-                "this adapter came from a top-k file, which holds the selected logits only: to train on, load "
-                'the full form (adapter.save(directory, form="full")), or have the others drawn again '
-                "(vblora.load(model, directory, trainable=True))"
-            )
-        return self.logits
-
     def _note_owner(self) -> None:
         register_owner(self.topk_logits, self)
 
@@ -149,8 +155,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
         Told by the values, as fused optimisers change parameters without PyTorch's version counter noticing.
         """
-        trained = self._composition is not None and self._composition.used
-        if not trained or self._selection_kept or self._warned or self.logits is None:
+        if not self.went_backward or self._selection_kept or self._warned or self.logits is None:
             return
         if not torch.equal(self.logits.values.gather(1, self.logits.slots), self.topk_logits):
             self._warned = True
@@ -199,24 +204,6 @@ def _raised(selected: Tensor, drawn: Tensor) -> Tensor:
     return (apart[0] - apart[1]).median().clamp(min=0) / gaps
 
 
-def read_bank(source: str | Path) -> Tensor:
-    """The bank (h, b) of an adapter: of a directory, ours or PEFT's, or of a packed file.
-
-    Raises:
-        ValueError: no adapter is there, or one without a bank.
-    """
-    path = Path(source)
-    if path.is_file():
-        tensors = packed.read(path).tensors
-    else:
-        path = path / TENSOR_FILE
-        tensors, _ = read_tensors(path)
-    banks = [tensor for name, tensor in tensors.items() if name in ("vector_bank", BANK)]
-    if len(banks) != 1 or banks[0].ndim != 2 or not banks[0].is_floating_point():
-        raise ValueError(f"{path} holds no vector bank")
-    return banks[0]
-
-
 @torch.no_grad()
 def use_bank(adapter: VBLoRA, source: str | Path) -> None:
     """Take over the bank of a saved adapter, and freeze it: training moves the logits (and heads) alone.
@@ -224,8 +211,10 @@ def use_bank(adapter: VBLoRA, source: str | Path) -> None:
     Call it before `vblora.param_groups`, which then takes no `lr_vector_bank`.
 
     Raises:
-        ValueError: as `read_bank`, or the bank has another shape. The adapter is as it was.
+        ValueError: no adapter with a bank is there, or the bank has another shape. The adapter is as it was.
     """
+    from vblora.files.reading import read_bank
+
     bank = read_bank(source)
     if bank.shape != adapter.vector_bank.shape:
         raise ValueError(

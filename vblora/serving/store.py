@@ -32,9 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from vblora.files import packed, shared_bank
-from vblora.files.content import Content, check_heads, head_tensors
+from vblora.files.content import Content, check_heads
 from vblora.files.match import find_layers
-from vblora.targets import find_saved, weight_of
+from vblora.targets import find_saved, head_tensors, weight_of
 
 SUFFIX = ".safetensors"
 
