@@ -22,6 +22,16 @@ def test_an_old_name_gives_what_is_at_the_new_place(old):
     assert all(getattr(module, name) is getattr(new, name) for name in public)
 
 
+@pytest.mark.filterwarnings("ignore:.*has moved")
+@pytest.mark.parametrize("old", moved.RENAMED)
+def test_names_that_went_elsewhere_are_found_too(old):
+    sys.modules.pop(old, None)
+    module = importlib.import_module(old)
+    for name, new in moved.RENAMED[old].items():
+        place, _, attribute = new.partition(":")
+        assert getattr(module, name) is getattr(importlib.import_module(place), attribute)
+
+
 def test_from_an_old_package_come_its_old_modules():
     for old in ("vblora.storage", "vblora.storage.packed"):
         sys.modules.pop(old, None)

@@ -43,6 +43,13 @@ def save_both(adapter, folder, **settings):
     return folder / "dir", folder / FILE
 
 
+def test_an_attached_adapter_is_taken_as_its_content_is(tmp_path):
+    adapter = adapt(build("stack"))
+    data = packed.dumps(adapter.content(), weights=8)
+    assert packed.dumps(adapter, weights=8) == data
+    assert packed.write(adapter, tmp_path / FILE, weights=8) == len(data) and (tmp_path / FILE).read_bytes() == data
+
+
 # --- Lossless -----------------------------------------------------------------------------------------------------
 
 SHAPES = [(2, 1), (2, 2), (3, 2), (5, 3), (64, 2), (65, 4), (90, 2), (255, 1), (256, 2), (257, 5), (1000, 6), (1, 1)]

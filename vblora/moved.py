@@ -41,6 +41,23 @@ MOVED = {
     "vblora.training.trainer": "vblora.trainer",
     "vblora.training.tuned": "vblora.models",
 }
+# Names that an old module had and the module now in its place has not: where they are, as "module:name".
+RENAMED = {
+    "vblora.storage": {
+        "load": "vblora.adapter:load",
+        "restore": "vblora.adapter:restore",
+        "save": "vblora.adapter:save",
+    },
+    "vblora.storage.packed": {
+        "MOST_FACTOR_BYTES": "vblora.files.content:MOST_FACTOR_BYTES",
+        "Packed": "vblora.files.content:Content",
+    },
+    "vblora.storage.shared_bank": {
+        "read_bank": "vblora.methods.vb_lora:read_bank",
+        "use_bank": "vblora.methods.vb_lora:use_bank",
+    },
+    "vblora.training.records": {"folder_fingerprint": "vblora.io:folder_fingerprint"},
+}
 EXPERIMENTS = "vblora.training."  # the rest of this package went to vblora_experiments under the same names
 
 
@@ -80,6 +97,9 @@ class _Alias(ModuleType):
             self.__path__: list[str] = []
 
     def __getattr__(self, name: str) -> object:
+        if name in RENAMED.get(self.__name__, {}):
+            place, _, new = RENAMED[self.__name__][name].partition(":")
+            return getattr(importlib.import_module(place), new)
         return getattr(self.__dict__["_module"], name)
 
 

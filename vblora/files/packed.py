@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +35,14 @@ WEIGHTS: tuple[str | int, ...] = ("lossless", 16, 8)
 KEYS = {"version", "method", "config", "layers", "fingerprint", "codes", "base_model", "init_seed", "conv1d"}
 
 
+class HasContent(Protocol):
+    """An adapter that is attached to a model."""
+
+    def content(self) -> Content: ...
+
+
 def write(
-    content: Content,
+    content: Content | HasContent,
     path: str | Path,
     *,
     bank: str = "lossless",
@@ -46,7 +52,7 @@ def write(
     """Write an adapter, with its heads, as one packed file; what was there is replaced in one step.
 
     Args:
-        content: what `Adapter.content` or `read` gave.
+        content: an adapter, or what `Adapter.content` or `read` gave.
         path: by convention NAME.vblora.safetensors.
         bank: "lossless", "float32", "float16", "bfloat16" or "int8" (with a scale per vector). For the other methods
             this is the type of all their tensors, and "int8" is refused. "shared": not in this file, but in one beside
@@ -60,7 +66,7 @@ def write(
     Raises:
         ValueError: a setting that does not exist, or that cannot hold this adapter. Nothing is written then.
     """
-    path = Path(path)
+    path, content = Path(path), _content_of(content)
     data = dumps(content, bank=bank, weights=weights, heads=heads)
     if bank == SHARED:
         shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
@@ -88,9 +94,14 @@ def read(path: str | Path) -> Content:
 
 
 def dumps(
-    content: Content, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
+    content: Content | HasContent,
+    *,
+    bank: str = "lossless",
+    weights: str | int = "lossless",
+    heads: str = "lossless",
 ) -> bytes:
     """The bytes that `write` writes."""
+    content = _content_of(content)
     _check_settings(content.config, bank, weights, heads)
     check_tensors(content.tensors, _spec(content.config, content.shapes))
     raws: dict[str, Raw] = {}
@@ -112,6 +123,10 @@ def dumps(
         _put(raws, codes, HEAD_PREFIX + name, tensor, heads)
     text = json.dumps(_header(content, codes), separators=(",", ":"), ensure_ascii=False)
     return serialize(raws, {HEADER: text, CHECKSUM: checksum(text, raws)})
+
+
+def _content_of(source: Content | HasContent) -> Content:
+    return source if isinstance(source, Content) else source.content()
 
 
 def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads: str) -> None:
