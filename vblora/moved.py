@@ -53,7 +53,7 @@ RENAMED = {
         "Packed": "vblora.files.content:Content",
     },
     "vblora.storage.shared_bank": {
-        "read_bank": "vblora.methods.vb_lora:read_bank",
+        "read_bank": "vblora.files.reading:read_bank",
         "use_bank": "vblora.methods.vb_lora:use_bank",
     },
     "vblora.training.records": {"folder_fingerprint": "vblora.io:folder_fingerprint"},
