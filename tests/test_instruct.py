@@ -61,6 +61,7 @@ VBLORA = ["--num_vectors", "12", "--vector_length", "16", "--topk", "2", "--lear
     [
         VBLORA,
         [*VBLORA, "--pack_length", "200", "--gradient_checkpointing", "true", "--gradient_accumulation_steps", "2"],
+        ["--recipe", "--recipe_lora_rate", "5e-3", "--recipe_bytes", "9000", "--vector_length", "16"],
         ["--row", "tiny/lora"],
         ["--method", "lora_xs", "--rank", "4", "--learning_rate", "1e-2", "--targets", "qv"],
         ["--method", "full", "--learning_rate", "1e-3"],

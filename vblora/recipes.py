@@ -198,8 +198,8 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
 
 def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
     """The mean of 1 / in_features over the sub-vectors of A."""
-    tiles = [tiles(shape.in_features, b) for shape in shapes]
-    return sum(n / shape.in_features for n, shape in zip(tiles, shapes, strict=True)) / sum(tiles)
+    parts = [tiles(shape.in_features, b) for shape in shapes]  # sub-vectors in a row of A
+    return sum(n / shape.in_features for n, shape in zip(parts, shapes, strict=True)) / sum(parts)
 
 
 def _weights_squared(vectors: int, topk: int) -> float:

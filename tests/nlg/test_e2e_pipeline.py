@@ -27,6 +27,7 @@ from vblora_experiments import causal
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2"],
+    "vblora_recipe": ["--recipe", "--recipe_lora_rate", "5e-3", "--vector_length", "16"],
     "tied_lora": ["--rank", "2", "--targets", "qv"],
     "lora": ["--rank", "2", "--lora_alpha", "2", "--targets", "qv"],
     "full": [],
@@ -36,7 +37,8 @@ METHODS = {
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 @pytest.mark.parametrize("method", METHODS)
 def test_train_and_decode(kind, method, flags, models_by_kind, restaurants, tmp_path):
-    result = train.main(flags(kind, "--method", method, *METHODS[method]))
+    result = train.main(flags(kind, "--method", method.removesuffix("_recipe"), *METHODS[method]))
+    assert ("recipe" in result) == ("--recipe" in METHODS[method])
     assert len(result["validation_losses"]) == 2 and result["train_rows"] == 48
     assert result["validation_losses"][1] < result["validation_losses"][0]
     command = [str(tmp_path / "run"), "--data_dir", str(restaurants), "--beam", "3", "--max_new_tokens", "12"]
