@@ -35,9 +35,10 @@ import recipe_study  # noqa: E402
 import run_glue  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import get_task  # noqa: E402
+from vblora.groups import param_groups  # noqa: E402
 from vblora.io import write_json  # noqa: E402
 from vblora.methods import VBLoRA  # noqa: E402
-from vblora.optim import AdamW, param_groups  # noqa: E402
+from vblora.optim import AdamW  # noqa: E402
 from vblora.switch import Adapted  # noqa: E402
 from vblora_experiments import commands  # noqa: E402
 from vblora_experiments.records import environment  # noqa: E402

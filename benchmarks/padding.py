@@ -30,8 +30,9 @@ import generate_cola  # noqa: E402
 import run_glue  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import TASKS, compute_metrics, get_task  # noqa: E402
+from vblora.groups import param_groups  # noqa: E402
 from vblora.io import write_json  # noqa: E402
-from vblora.optim import AdamW, param_groups  # noqa: E402
+from vblora.optim import AdamW  # noqa: E402
 from vblora.sampling import LengthGroupedSampler  # noqa: E402
 from vblora_experiments import commands  # noqa: E402
 from vblora_experiments.records import environment  # noqa: E402

@@ -21,6 +21,7 @@ from core_helpers import (
     snapshot,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import vblora
 
@@ -577,3 +578,72 @@ def test_a_weight_rounded_below_zero_is_read_as_zero(good, tmp_path):
     vblora.load(model, spoil(good, "peft-topk", tmp_path, below_zero))
     with torch.no_grad():
         assert run(model, make_batch("bert")).isfinite().all()
+
+
+# -- the model has changed since --------------------------------------------------------------------------------------
+
+
+def test_a_head_replaced_after_attaching_is_written_as_the_model_has_it_now(tmp_path):
+    model = build("bert")
+    adapter = adapt(model, kind="bert", target_modules=["query"], modules_to_save=["classifier"])
+    model.classifier = nn.Linear(*reversed(model.classifier.weight.shape))
+    assert adapter.head_parameters() == sum(p.numel() for p in model.classifier.parameters())
+    adapter.save(tmp_path)
+    again = build("bert")
+    vblora.load(again, tmp_path)
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+    assert torch.equal(again.classifier.bias, model.classifier.bias)
+
+
+def test_a_vocabulary_widened_after_attaching_is_written_as_wide(tmp_path):
+    model = build("llama")
+    adapter = adapt(model, kind="llama", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    wider = model.config.vocab_size + 7
+    model.resize_token_embeddings(wider)
+    adapter.save(tmp_path)
+    again = build("llama")
+    again.resize_token_embeddings(wider)
+    vblora.load(again, tmp_path)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("act", ["save", "pack", "merge", "groups"])
+def test_a_layer_replaced_after_attaching_is_refused_by_name(act, tmp_path):
+    model = build("llama")
+    adapter = adapt(model, kind="llama", target_modules=["q_proj"])
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    acts = {
+        "save": lambda: adapter.save(tmp_path / "out"),
+        "pack": lambda: adapter.pack(tmp_path / "out"),
+        "merge": adapter.merge,
+        "groups": lambda: vblora.param_groups(model, lr=1e-3, lr_vector_bank=1e-3, lr_logits=1e-2),
+    }
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj was replaced after"):
+        acts[act]()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_within_a_wrapper_is_the_layer(tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = build("llama")
+    adapter = adapt(model, kind="llama", target_modules=["q_proj"])
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = checkpoint_wrapper(attention.q_proj)
+    adapter.save(tmp_path)
+
+
+def test_the_full_form_keeps_the_selection_that_another_optimiser_trained(tmp_path):
+    torch.manual_seed(0)
+    model = build("stack")
+    adapter = adapt(model, kind="stack")
+    with torch.no_grad():  # what a step of SGD does: the selected logits fall below others, and nobody selects again
+        adapter.topk_logits.sub_(3 * torch.rand_like(adapter.topk_logits))
+    adapter.save(tmp_path, form="full")
+    again = build("stack")
+    loaded = vblora.load(again, tmp_path)
+    for name, (a, b) in adapter.layer_factors().items():
+        torch.testing.assert_close(loaded.layer_factors()[name][0], a, rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded.layer_factors()[name][1], b, rtol=0, atol=1e-6)
+    assert torch.equal(loaded.topk_indices.sort().values, adapter.topk_indices.sort().values)

@@ -9,8 +9,9 @@ from vblora import moved
 
 if TYPE_CHECKING:
     from vblora.adapter import Adapter, attach, load, save
+    from vblora.groups import param_groups
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
-    from vblora.optim import AdamW, param_groups
+    from vblora.optim import AdamW
     from vblora.recipes import Recipe, recipe
     from vblora.serving.store import AdapterStore
 
@@ -45,7 +46,7 @@ _HOMES = {
     "VBLoRAConfig": "vblora.methods",
     "attach": "vblora.adapter",
     "load": "vblora.adapter",
-    "param_groups": "vblora.optim",
+    "param_groups": "vblora.groups",
     "recipe": "vblora.recipes",
     "save": "vblora.adapter",
 }

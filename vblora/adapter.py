@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
+from vblora.merging import check_mergeable
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
     find_saved,
     find_targets,
     head_tensors,
     is_conv1d,
-    is_quantized,
     layer_shapes,
     output_slice,
     weight_of,
@@ -157,7 +157,7 @@ class Adapter(ForwardPath):
         self.targets = dict(targets)  # a plain dict, so that the layers do not become sub-modules of the adapter
         self.outputs = {name: output_slice(name, module, config) for name, module in self.targets.items()}
         self.shapes: list[LayerShape] = layer_shapes(self.targets, config)
-        self.saved: dict[str, nn.Module] = {}
+        self.saved_names: list[str] = []  # modules of `modules_to_save`
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._trainable_before: set[str] = set()  # before the first adapter of the model
         self._originals: dict[str, Tensor] | None = None  # base weights while merged
@@ -204,6 +204,35 @@ class Adapter(ForwardPath):
             pairs = self.factors(self.current().tensors)
         return {shape.name: (a, b.T) for shape, (a, b) in zip(self.shapes, pairs, strict=True)}
 
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """The modules of `modules_to_save` as the model has them now, by their names there."""
+        model, _ = self.home
+        names = dict(model.named_modules(remove_duplicate=False)) if self.saved_names else {}
+        if missing := [name for name in self.saved_names if name not in names]:
+            raise ValueError(f"the model has no {', '.join(missing)} any more, which modules_to_save name")
+        return {name: names[name] for name in self.saved_names}
+
+    def require_layers(self) -> None:
+        """Refuse to go on where a layer was replaced after `attach`: the adapter acts on the old one alone.
+
+        Raises:
+            ValueError: naming the layers.
+        """
+        model, _ = self.home
+        names = dict(model.named_modules(remove_duplicate=False))
+        gone = [
+            name
+            for name, module in self.targets.items()
+            if not _is_or_wraps(names.get(name, names.get(name.rpartition(".")[0])), module)
+        ]
+        if gone:
+            more = f" and {len(gone) - 1} more layers were" if len(gone) > 1 else " was"
+            raise ValueError(
+                f"{gone[0]}{more} replaced after the adapter was attached, so that the adapter does nothing there: "
+                "change the model first, then attach or load the adapter"
+            )
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model alone. Modules of `modules_to_save` stay as they are: they are trained in place."""
@@ -228,18 +257,8 @@ class Adapter(ForwardPath):
         """
         if self.merged:
             raise ValueError("the adapter is merged already")
-        for name, module in self.targets.items():
-            if is_quantized(module):
-                raise ValueError(
-                    f"{name} is quantised ({weight_of(module).dtype}), and rounding the sum again would change it: "
-                    "load the base model in 16 or 32 bits to merge"
-                )
-            if weight_of(module).is_meta:
-                raise ValueError(f"the weight of {name} is offloaded: load the base model in memory to merge")
-            if others := self._sharing(name):
-                raise ValueError(
-                    f"the weight of {name} is also that of {', '.join(others)}, which merging would change"
-                )
+        self.require_layers()
+        check_mergeable(self.home[0], self.targets)
         factors = self.layer_factors()
         weights = {name: weight_part(module, self.outputs[name]) for name, module in self.targets.items()}
         if reversible:
@@ -286,12 +305,13 @@ class Adapter(ForwardPath):
         """All that a file of this form holds.
 
         Raises:
-            ValueError: no such form, or the adapter is attached to no model.
+            ValueError: no such form, the adapter is attached to no model, or a layer was replaced since.
         """
         from vblora.files.content import Content
 
         if form not in FORMS:
             raise ValueError(f"form is one of {', '.join(FORMS)}, not {form!r}")
+        self.require_layers()
         model, _ = self.home
         return Content(
             self.config.kept(form),
@@ -344,7 +364,7 @@ class Adapter(ForwardPath):
     # -- how it sits in the model --------------------------------------------------------------------------------
 
     def _install(self, model: nn.Module, name: str, saved: dict[str, nn.Module]) -> None:
-        self.saved = saved
+        self.saved_names = list(saved)
         self.home = (model, name)
         others = self._others()
         kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
@@ -373,19 +393,14 @@ class Adapter(ForwardPath):
         model, _ = self.home
         return [module for module in model.children() if isinstance(module, Adapter) and module is not self]
 
-    def _sharing(self, name: str) -> list[str]:
-        """Other modules whose parameter is the very weight of this target."""
-        model, _ = self.home
-        weight, target = weight_of(self.targets[name]), self.targets[name]
-        return [
-            other
-            for other, module in model.named_modules()
-            if module is not target and any(p is weight for p in module._parameters.values())
-        ]
-
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
+
+
+def _is_or_wraps(found: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a layer is still at its place, by itself or within a wrapper such as activation checkpointing's."""
+    return found is module or (found is not None and any(inner is module for inner in found.modules()))
 
 
 def _device_of(module: nn.Module) -> torch.device:

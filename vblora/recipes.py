@@ -20,7 +20,7 @@ from torch import nn
 
 from vblora import counts
 from vblora.config import VBLoRAConfig
-from vblora.optim import param_groups
+from vblora.groups import param_groups
 from vblora.shapes import Count, LayerShape, tiles
 from vblora.targets import find_targets, layer_shapes
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -158,27 +157,6 @@ def weight_part(module: nn.Module, outputs: slice) -> Tensor:
     """A view of the weight's part for these outputs, (out, in) whatever the layer: Conv1D's is transposed."""
     weight = weight_of(module)
     return (weight.T if is_conv1d(module) else weight)[outputs]
-
-
-def full_weight(module: nn.Module) -> Tensor:
-    """The weight as floating point (out, in) whatever the layer: dequantised, Conv1D's transposed."""
-    weight = weight_of(module)
-    if weight.is_meta:
-        raise ValueError("the weights are offloaded, and their singular factors need them in memory")
-    if is_quantized(module):
-        return _dequantized(module)
-    return weight.detach().T if is_conv1d(module) else weight.detach()
-
-
-def _dequantized(module: nn.Module) -> Tensor:
-    """A bitsandbytes layer's weight in floating point. (PEFT's function for this changes 8-bit layers on the CPU.)"""
-    from bitsandbytes import functional
-
-    weight: Any = weight_of(module)
-    if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    state: Any = module.state  # holds the scales after the first forward pass, the weight before it
-    return functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)
 
 
 def layer_shape(name: str, module: nn.Module, outputs: slice) -> LayerShape:

@@ -19,8 +19,9 @@ from transformers.trainer_callback import ExportableState
 
 from vblora import sharding
 from vblora.adapter import Adapter, restore
+from vblora.groups import param_groups
 from vblora.methods import VBLoRA
-from vblora.optim import AdamW, param_groups
+from vblora.optim import AdamW
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.switch import Adapted, AnyAdapter
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vblora.adapter import Adapter
 from vblora.bank import Factors
-from vblora.config import ScaledConfig, TensorSpec
+from vblora.config import TensorSpec
 from vblora.counts import count_tied_lora
+from vblora.methods.scaled import ScaledConfig
 from vblora.shapes import Count, LayerShape
 
 

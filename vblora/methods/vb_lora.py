@@ -14,6 +14,7 @@ from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
 from vblora.logits import LogitTable, draw, register_owner
+from vblora.methods.redraw import redrawn
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):
@@ -122,29 +123,12 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def redraw_logits(self, seed: int) -> None:
-        """Make an adapter from a top-k file trainable: draw the logits it lacks, as `attach` draws them from `seed`.
-
-        The selected ones are log w + c. Softmax leaves c free, row by row: it is chosen so that the smallest
-        selected logit is as far above the k-th largest drawn one, which it was when training began, as training has
-        probably raised it (`_raised`). So the others keep the values they started with, which they have moved from
-        only if they were ever selected, and the selection is about as settled as it was. The few (at most k) that
-        would not be below the selected ones, because they were selected once and are no longer, are mirrored to as
-        far below the smallest. A weight under 2^-24, the last bit of a sum of 1 in float32, counts as that: its
-        logarithm must be finite to be trained.
-        """
-        c = self.config
-        drawn = torch.cat(list(draw(c, self.layout.of_a, seed)[1]))  # (N, h), float32 on the CPU as when training began
-        indices = self.topk_indices.cpu()
-        logs = self.topk_logits.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
-        largest = drawn.topk(c.topk, dim=-1).values  # (N, k)
-        smallest = largest[:, -1:] + _raised(logs, largest)  # (N, 1)
-        selected = logs - logs.min(dim=-1, keepdim=True).values + smallest
-        below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
-        drawn = torch.where(drawn < smallest, drawn, below).scatter(1, indices, selected)
+        """Make an adapter from a top-k file trainable: draw the logits it lacks, as `vblora.methods.redraw` says."""
+        drawn = redrawn(self.config, self.layout.of_a, seed, self.topk_indices, self.topk_logits)
         # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
-        self.logits = LogitTable(c, self.layout.of_a).to(self.vector_bank)
+        self.logits = LogitTable(self.config, self.layout.of_a).to(self.vector_bank)
         self.logits.take_over(drawn.to(self.vector_bank.dtype), self.topk_indices, seed)
-        self.topk_logits.copy_(selected)
+        self.topk_logits.copy_(drawn.gather(1, self.topk_indices.cpu()))
 
     def _note_owner(self) -> None:
         register_owner(self.topk_logits, self)
@@ -177,7 +161,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     def tensors(self, form: str) -> dict[str, Tensor]:
         bank = self.vector_bank.detach()
         if form == "full":
-            return {"vector_bank": bank, "logits": self.dense_logits()}
+            return {"vector_bank": bank, "logits": above_others(self.dense_logits(), self.topk_indices)}
         return topk_tensors(bank, self.topk_indices, self.topk_logits)
 
     @torch.no_grad()
@@ -192,16 +176,19 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.logits = None
 
 
-def _raised(selected: Tensor, drawn: Tensor) -> Tensor:
-    """How far training has raised the smallest of the k selected logits, by how far it has moved them apart.
+def above_others(logits: Tensor, selected: Tensor) -> Tensor:
+    """These (N, h) logits with the k at `selected` (N, k) the largest of their row.
 
-    Both are (N, k); the first is known up to a constant for each row. In adapters of MiniLM trained on CoLA, MRPC and
-    SST-2 (k 2) it was 0.42, 0.32 and 0.35 of that, so a third is taken; that it is shared by the k - 1 gaps where k is
-    larger is a guess. One number for all rows.
+    With `vblora.AdamW` they are. After another optimiser, which leaves the selection as it was, they may not be: a
+    reader, who selects the k largest, would then have another function. The k are raised by one number for each row,
+    which their softmax does not feel.
     """
-    apart = [values.amax(dim=-1) - values.amin(dim=-1) for values in (selected, drawn)]
-    gaps = 3 * max(1, selected.shape[-1] - 1)
-    return (apart[0] - apart[1]).median().clamp(min=0) / gaps
+    chosen = logits.gather(1, selected)  # (N, k)
+    others = logits.scatter(1, selected, -torch.inf).amax(dim=1, keepdim=True)  # (N, 1)
+    short = others - chosen.amin(dim=1, keepdim=True)
+    gap = 4 * torch.finfo(logits.dtype).eps * others.abs().clamp(min=1)  # that rounding cannot take away
+    raised = torch.where(short >= 0, chosen + short + gap, chosen)
+    return logits.scatter(1, selected, raised)
 
 
 @torch.no_grad()
