@@ -20,6 +20,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import generate_cola
+import paired
 import quickstart
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
@@ -63,6 +64,11 @@ DEFAULT_ROWS = ("lora", "plain", "recipe")
 
 def flags(task: str, name: str, epochs: float, seed: int, data: Path, out: Path) -> dict[str, Any]:
     """The flags of run_glue.py for one run."""
+    return flags_with(ROWS[name], task, epochs, seed, data, out)
+
+
+def flags_with(changes: Flags, task: str, epochs: float, seed: int, data: Path, out: Path) -> dict[str, Any]:
+    """A task's common flags under these changes; a change to None takes a flag away."""
     if task == SENTENCES:
         common = dict(quickstart.COMMON)
     else:  # MiniLM's row for the task, without what is its method's
@@ -72,7 +78,8 @@ def flags(task: str, name: str, epochs: float, seed: int, data: Path, out: Path)
         head = flags_of(f"minilm/{task}/lora_qv")["head"]
         common |= {"task": task, "targets": "all", "rank": 4, "learning_rate": 1e-3, "head": head}
     places = {"model_name_or_path": quickstart.MINILM, "data_dir": data, "output_dir": out}
-    return {**places, **common, **ROWS[name], "num_train_epochs": epochs, "seed": seed}
+    values = {**places, **common, **changes, "num_train_epochs": epochs, "seed": seed}
+    return {flag: value for flag, value in values.items() if value is not None}
 
 
 def main(arguments: list[str]) -> None:
@@ -89,7 +96,7 @@ def main(arguments: list[str]) -> None:
     ]
     found = {key: run(key, options) for key in runs} if options.records is None else kept(runs, options.records)
     there = {key: record for key, record in found.items() if record is not None}
-    print(table(there))
+    print(table(there, options.against))
     if options.picture is not None:
         picture(there, options.picture)
 
@@ -104,6 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--glue_dir", type=Path, help="folder with GLUE's folders (CoLA, MRPC...)")
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--collect", type=Path, help="copy the records into this folder")
+    parser.add_argument("--against", choices=ROWS, metavar="ROW", help="compare each row with this one, seed by seed")
     parser.add_argument("--search", type=Path, help="print the record of the search for the recipe, and no more")
     parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
     parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
@@ -126,18 +134,23 @@ def name_of(key: Key) -> str:
 
 def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
     """One run's record."""
-    import run_glue  # takes seconds, as transformers does
-
     task, epochs, name, seed = key
     data = options.runs / SENTENCES if task == SENTENCES else options.glue_dir / TASKS[task].folder
-    if task == SENTENCES and not (data / "train.tsv").exists():
-        generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
     out = options.runs / name_of(key)
-    values = flags(task, name, epochs, seed, data, out)
+    return train(flags(task, name, epochs, seed, data, out), options.collect)
+
+
+def train(values: Flags, collect: Path | None) -> dict[str, Any]:
+    """The record of a run by these flags of run_glue.py, which is copied into the folder `collect`."""
+    import run_glue  # takes seconds, as transformers does
+
+    data, out = Path(values["data_dir"]), Path(values["output_dir"])
+    if data.name == SENTENCES and not (data / "train.tsv").exists():
+        generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
     command = [part for flag, value in values.items() for part in (f"--{flag}", str(value))]
     record = run_glue.main([*command, "--disable_tqdm", "True"])
-    if options.collect is not None:
-        with replacing(options.collect / f"{name_of(key)}.json") as temporary:
+    if collect is not None:
+        with replacing(collect / f"{out.name}.json") as temporary:
             shutil.copyfile(out / records.RECORD_FILE, temporary)
     return record
 
@@ -204,26 +217,52 @@ def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def table(found: Mapping[Key, Mapping[str, Any]]) -> str:
-    """Mean and standard deviation over the seeds of the score at the last epoch, times 100."""
-    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
-    for (task, epochs, name, _), record in found.items():
-        groups.setdefault((task, epochs, name), []).append(record)
-    lines = []
-    for (task, epochs, name), group in groups.items():
-        metric = group[0]["scores"]["metric"]
-        scores = [100 * record["scores"]["last"][metric] for record in group]
-        lines.append(
-            [
-                f"{task} ({metric.replace('_', ' ')})",
-                str(epochs),
-                name,
-                f"{group[0]['stored_parameters']['parameters']:,}",
-                tables.number(mean(scores), stdev(scores) if len(scores) > 1 else None),
-                " ".join(f"{score:.1f}" for score in scores),
-            ]
-        )
-    return tables.render(["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds"], lines, "markdown")
+Group = tuple[str, int, str]  # task, epochs, row
+
+
+def table(found: Mapping[Key, Mapping[str, Any]], against: str | None = None) -> str:
+    """Mean and standard deviation over the seeds of the score at the last epoch, times 100.
+
+    With `against` the differences from that row, paired by seed: mean, 95% interval, and p adjusted by Holm over the
+    table's tests.
+    """
+    groups: dict[Group, dict[int, Mapping[str, Any]]] = {}
+    for (task, epochs, name, seed), record in found.items():
+        groups.setdefault((task, epochs, name), {})[seed] = record
+    header = ["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds"]
+    lines = [line_of(group, records) for group, records in groups.items()]
+    if against is not None:
+        header += [f"difference from {against}", "p", "what the test carries"]
+        more = compared({group: scores_of(records) for group, records in groups.items()}, against)
+        lines = [line + list(columns) for line, columns in zip(lines, more, strict=True)]
+    return tables.render(header, lines, "markdown")
+
+
+def line_of(group: Group, records: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    task, epochs, name = group
+    first, scores = next(iter(records.values())), list(scores_of(records).values())
+    return [
+        f"{task} ({first['scores']['metric'].replace('_', ' ')})",
+        str(epochs),
+        name,
+        f"{first['stored_parameters']['parameters']:,}",
+        tables.number(mean(scores), stdev(scores) if len(scores) > 1 else None),
+        " ".join(f"{score:.1f}" for score in scores),
+    ]
+
+
+def scores_of(records: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """By seed, the score at the last epoch, times 100."""
+    return {seed: 100 * record["scores"]["last"][record["scores"]["metric"]] for seed, record in records.items()}
+
+
+def compared(scores: Mapping[Group, Mapping[int, float]], against: str) -> list[tuple[str, str, str]]:
+    """The columns of `paired` for each group, from the row it is compared with on the same task and epochs."""
+    differences = []
+    for group, own in scores.items():
+        other = scores.get((*group[:2], against))
+        differences.append(None if other is None or group[2] == against else paired.difference(own, other))
+    return paired.columns(differences)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     "recipe": "NLU/recipe_study.py",
+    "field": "NLU/field_study.py",
     "table2": "NLG/reproduce_e2e.py",
     "table3": "instruction_tuning/reproduce_instruct.py",
     "table4": "math_instruction_tuning/reproduce_math.py",

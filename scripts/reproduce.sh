@@ -7,6 +7,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
     recipe) script=NLU/recipe_study.py ;;
+    field) script=NLU/field_study.py ;;
     table2) script=NLG/reproduce_e2e.py ;;
     table3) script=instruction_tuning/reproduce_instruct.py ;;
     table4) script=math_instruction_tuning/reproduce_math.py ;;

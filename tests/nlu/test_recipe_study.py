@@ -25,6 +25,16 @@ def test_the_table_has_mean_and_deviation_of_the_seeds():
     assert "| sentences (matthews correlation) | 3 | lora | 1,000 | 80.0 | 80.0 |" in lines
 
 
+def test_rows_are_compared_with_one_seed_by_seed():
+    """Differences of 10, 20 and 30: 20 +- 4.3027 * 10 / sqrt(3), and p = 1 - t / sqrt(t^2 + 2), t = 2 sqrt(3)."""
+    scores = {"lora": (0.5, 0.5, 0.5), "recipe": (0.6, 0.7, 0.8), "plain": (0.4, 0.5, 0.6)}
+    found = {("sentences", 3, n, seed): record(s) for n, of in scores.items() for seed, s in enumerate(of)}
+    lines = recipe_study.table(found, "lora").splitlines()
+    assert lines[2].endswith("| 50.0 50.0 50.0 |  |  |  |")
+    assert lines[3].endswith("| 60.0 70.0 80.0 | +20.0 [-4.8, +44.8] | 0.15 | none shown |")
+    assert lines[4].endswith("| 40.0 50.0 60.0 | +0.0 [-24.8, +24.8] | 1 | none shown |")
+
+
 def test_the_search_is_listed_by_its_mean_the_best_last():
     def one(score, seed, **settings):
         return {

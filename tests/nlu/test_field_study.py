@@ -1,0 +1,68 @@
+"""The methods at equal bytes: their commands, the choice of a rate on other seeds, and the tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import field_study
+import run_glue
+from field_study import ROWS
+
+
+def record(score):
+    last = {"matthews_correlation": score / 100}
+    return {"scores": {"metric": "matthews_correlation", "epochs": [last], "last": last}}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_is_a_command_that_run_glue_takes(name, tmp_path):
+    low, middle, high = ROWS[name].rates
+    assert low < middle < high
+    values = field_study.recipe_study.flags_with(
+        field_study.changes(name, middle), field_study.SENTENCES, 3, 1, tmp_path, tmp_path / "out"
+    )
+    glue, method, training = run_glue.parse([part for f, v in values.items() for part in (f"--{f}", str(v))])
+    assert method.settings(glue.targets, None) and middle in method.rates().values() and training.seed == 1
+
+
+def test_the_rate_is_chosen_on_the_seeds_of_the_search_alone():
+    rates = ROWS["vera"].rates
+    found = {(3, "vera", rate, 10): record(score) for rate, score in zip(rates, (40, 50, 45), strict=True)}
+    found |= {(3, "vera", rates[0], seed): record(99) for seed in range(5)}
+    assert field_study.best_rate(found, 3, "vera", [10]) == rates[1]
+    assert field_study.best_rate(found, 3, "vera", [10, 11]) is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The recipe at 80, 82, 84 and VeRA at 60, 61, 65; VeRA's other rates were worse in the search."""
+    scores = {"recipe": ((70, 75, 60), (80, 82, 84)), "vera": ((10, 20, 15), (60, 61, 65))}
+    for name, (search, seeds) in scores.items():
+        rates = ROWS[name].rates
+        keys = {(3, name, rate, 10): score for rate, score in zip(rates, search, strict=True)}
+        keys |= {(3, name, rates[1], seed): score for seed, score in enumerate(seeds)}
+        for key, score in keys.items():
+            (tmp_path / f"{field_study.name_of(key)}.json").write_text(json.dumps(record(score)))
+    sizes = {"stored": 1000, "bytes": 4000, "trained": 900, "state_bytes": 14400, "step_of_lora": 1.25}
+    (tmp_path / "steps.json").write_text(json.dumps({"rows": {"vera": sizes}}))
+    return tmp_path
+
+
+def test_the_table_from_records(folder, capsys):
+    """Differences -20, -21, -19: t = 20 sqrt(3), 2 degrees of freedom, half width 4.3027 / sqrt(3)."""
+    field_study.main(["field", "--records", str(folder), "--no_runs", "--seeds", "0", "1", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    ran = [line for line in lines if "not run" not in line][2:]
+    assert ran[0].startswith("| recipe |") and "| 0.004 | 82.0 ± 2.0 | 80.0 82.0 84.0 |  |  |  |" in ran[0]
+    assert ran[1].startswith("| vera | 1,000 | 4,000 | 900 | 14,400 | 1.25 | 0.01 | 62.0 ± 2.6 | 60.0 61.0 65.0 |")
+    assert "-20.0 [-22.5, -17.5] | 0.00083 | below |" in ran[1]
+    assert len(lines) == 2 + len(ROWS)
+    field_study.main(["field", "--records", str(folder), "--no_runs", "--table", "search"])
+    assert "| vera | 0.005: 10.0 | 0.01: 20.0 | 0.02: 15.0 |" in capsys.readouterr().out
+
+
+def test_the_search_must_not_see_the_seeds_of_the_table():
+    with pytest.raises(ValueError, match="seed 4 is in --search_seeds and --seeds"):
+        field_study.main(["field", "--search_seeds", "4"])
