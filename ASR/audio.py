@@ -1,0 +1,71 @@
+"""Recordings as Whisper reads them: one channel at 16 kHz, in float32."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RATE = 16_000  # samples a second, of every Whisper model
+KINDS = "WAV, FLAC, OGG and MP3"
+
+
+class Recording(NamedTuple):
+    """What a file's header says."""
+
+    seconds: float
+    rate: int
+    channels: int
+    eight_bit: bool
+
+
+def inspect(path: Path, where: str) -> Recording:
+    """A recording's length and form, without decoding it.
+
+    Args:
+        path: the file.
+        where: the table and line that name it, for errors.
+
+    Raises:
+        ValueError: no such file, no sound in it, or a form that cannot be read.
+    """
+    import soundfile
+
+    if not path.is_file():
+        raise ValueError(f"{where}: no recording {path}: put it there, or remove the row")
+    try:
+        found = soundfile.info(str(path))
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(
+            f"{where}: {path} cannot be read ({' '.join(str(error).split())}); {KINDS} can: convert it with "
+            "`ffmpeg -i FILE FILE.wav`, or remove the row"
+        ) from error
+    if not found.frames:
+        raise ValueError(f"{where}: {path} is empty: remove the row")
+    return Recording(found.frames / found.samplerate, found.samplerate, found.channels, found.subtype.endswith("8"))
+
+
+def read(path: Path, where: str) -> np.ndarray:
+    """The samples of a recording at 16 kHz, shape (samples,); several channels are averaged. Errors as `inspect`."""
+    import soundfile
+
+    found = inspect(path, where)
+    try:
+        samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise ValueError(f"{where}: {path} is damaged ({' '.join(str(error).split())}): remove the row") from error
+    if not len(samples):
+        raise ValueError(f"{where}: {path} is empty: remove the row")
+    return resampled(samples.mean(axis=1) if found.channels > 1 else samples[:, 0], rate)
+
+
+def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
+    """Samples at `rate` as samples at 16 kHz, by a polyphase filter."""
+    if rate == RATE:
+        return np.ascontiguousarray(samples, dtype=np.float32)
+    from scipy.signal import resample_poly
+
+    common = math.gcd(rate, RATE)
+    return resample_poly(samples, RATE // common, rate // common).astype(np.float32)

@@ -1,0 +1,311 @@
+"""Fine-tune a Whisper on one language's recordings and transcripts, by any method.
+
+    python ASR/train_speech.py --model_name_or_path DIR --data_dir DIR --language it --max_steps 300 --recipe true
+    python ASR/train_speech.py --model_name_or_path openai/whisper-large-v2 --data_dir DIR --language it \
+        --method lora --rank 8 --targets both --learning_rate 1e-3 --bf16 true --output_dir runs/asr/try
+
+Takes every flag of Hugging Face's TrainingArguments besides its own. --data_dir holds train.tsv and dev.tsv of FLEURS,
+of Common Voice, or with path and text (speech_data.py says more). The loss is over the text and its end alone. Rows are
+grouped by the length of their texts.
+
+Features are computed once and kept in --cache_dir; so are the encoder's outputs where nothing of the encoder is trained
+(--targets decoder or cross), which leaves the decoder alone to be computed in every step.
+
+The output folder receives last/ (the adapter), run.json (the settings), training.json (losses, stored parameters,
+times) and the trainer's last checkpoint; `transcribe.py` goes on from there, and `run_asr.py` does both and scores. A
+run that is finished is not run again; one that was interrupted goes on from its last checkpoint. --method zero_shot
+trains nothing: the model as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+import speech_data
+from features import Features, encoded_of, features_of, spec_augment
+from speech_data import LONG, Set, load_split
+from speech_rows import OWN_FRAMES, SpeechBatches, SpeechRows, text_tokens
+from vblora.adapter import Adapter
+from vblora.io import folder_fingerprint, read_json, write_json
+from vblora.models import TRAINING_FILE, model_name, torch_dtype
+from vblora.switch import Adapted, apply_method, read_config_file
+from vblora.trainer import AdapterTrainer
+from vblora_experiments import commands, plans, records
+from vblora_experiments.arguments import MethodArguments, given
+from whisper_models import (
+    TARGETS,
+    WINDOW,
+    Prompt,
+    adapts_encoder,
+    load_tokenizer,
+    load_whisper,
+    model_print,
+    prompt_of,
+    target_modules,
+)
+
+DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_strategy": "epoch",
+    "prediction_loss_only": True,
+    "remove_unused_columns": False,
+    "restore_callback_states_from_checkpoint": True,
+    "train_sampling_strategy": "group_by_length",
+}
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "asr"
+ZERO_SHOT = "zero_shot"
+ELSEWHERE = ("data_dir", "cache_dir", "cache_encoder")  # of no influence on the result
+
+
+@dataclass
+class SpeechArguments:
+    """The data and the model."""
+
+    model_name_or_path: str = field(metadata={"help": "a Whisper: a name on the hub or a local folder"})
+    data_dir: str = field(metadata={"help": "folder with train.tsv, dev.tsv and test.tsv of one language"})
+    language: str = field(metadata={"help": "of the recordings, such as it"})
+    language_token: str | None = field(
+        default=None, metadata={"help": "whose token is used, for a language that Whisper has none of"}
+    )
+    targets: str = field(
+        default="decoder", metadata={"help": f"layers to adapt: {', '.join(TARGETS)}, or a regular expression"}
+    )
+    window: int = field(default=WINDOW, metadata={"help": "seconds that the model hears at once; less is faster"})
+    long_clips: str = field(
+        default="refuse", metadata={"help": "recordings longer than the window: refuse, or leave_out (told and counted)"}
+    )
+    spec_augment: bool = field(default=False, metadata={"help": "mask bands of time and frequency in training"})
+    dtype: str = field(default="float32", metadata={"help": "of the model's weights"})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "train on this many recordings only, evenly spaced over the table"}
+    )
+    cache_dir: str = field(default=str(RUNS / "cache"), metadata={"help": "where features are kept"})
+    cache_encoder: bool = field(
+        default=True, metadata={"help": "keep the encoder's outputs where nothing of it is trained"}
+    )
+
+
+def main(arguments: list[str]) -> dict[str, Any]:
+    """Train, and return what training.json holds."""
+    speech, method, training = parse(arguments)
+    out = Path(str(training.output_dir))
+    train, dev = (read_split(speech, split) for split in ("train", "dev"))
+    train = spaced_set(train, speech.max_train_samples)
+    sounds = [speech_data.sound_prints(part.clips) for part in (train, dev)]
+    clips = [*train.clips, *dev.clips]
+    plan = make_plan(speech, method, training, speech_data.fingerprint(clips, [*sounds[0], *sounds[1]]))
+    if records.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
+        fit(speech, method, training, (train, dev), sounds, plan)
+    result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
+    if result and result["validation_losses"]:
+        print(
+            f"{out}: validation loss {result['validation_losses'][-1]:.4f} after {result['steps']} steps; "
+            f"{result['stored_parameters']['parameters']:,} stored parameters"
+        )
+    return result
+
+
+def parse(arguments: list[str]) -> tuple[SpeechArguments, MethodArguments, TrainingArguments]:
+    """The arguments, after this script's defaults."""
+    kinds: Any = (SpeechArguments, MethodArguments, TrainingArguments)
+    parser = commands.one_line_errors(HfArgumentParser(kinds))
+    parser.set_defaults(**DEFAULTS)
+    arguments = plans.split(arguments)
+    known = parser.parse_args(arguments)
+    if known.output_dir is None:
+        model = model_name(known.model_name_or_path)
+        name = f"{model}_{known.language}_{known.targets}_{known.method}_seed{known.seed}"
+        arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
+    speech, method, training = parser.parse_args_into_dataclasses(arguments)
+    check(speech, method)
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
+    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
+    return speech, method, training
+
+
+def check(speech: SpeechArguments, method: MethodArguments) -> None:
+    """Refuse what cannot be, before anything is read.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if speech.long_clips not in LONG:
+        raise ValueError(f"--long_clips must be one of {', '.join(LONG)}, not {speech.long_clips!r}")
+    if speech.max_train_samples is not None and speech.max_train_samples < 1:
+        raise ValueError(f"--max_train_samples must be at least 1, not {speech.max_train_samples}")
+    torch_dtype(speech.dtype)
+    if method.method == "full" and speech.targets != "both":
+        raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
+    if method.method == ZERO_SHOT and len(given(method)) > 1:
+        raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
+
+
+def read_split(speech: SpeechArguments, split: str) -> Set:
+    """The clips of a split; what is noteworthy of them is said."""
+    found = load_split(speech.data_dir, split, speech.window, speech.long_clips)
+    for note in found.notes:
+        print(f"{split}: {note}", flush=True)
+    return found
+
+
+def spaced_set(found: Set, count: int | None) -> Set:
+    """That many of the clips, evenly spaced; all without a count."""
+    if count is None or count >= len(found.clips):
+        return found
+    kept = [number * len(found.clips) // count for number in range(count)]
+    return found._replace(clips=[found.clips[n] for n in kept], seconds=[found.seconds[n] for n in kept])
+
+
+def make_plan(
+    speech: SpeechArguments, method: MethodArguments, training: TrainingArguments, data: str
+) -> dict[str, Any]:
+    """All that decides the result of a run; two runs of one plan are the same run."""
+    plan = {**given(speech), **given(method), **plans.chosen(training), "data_fingerprint": data}
+    for name in ELSEWHERE:
+        plan.pop(name, None)
+    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in rates_of(method).items() if rate is not None}
+    if Path(speech.model_name_or_path).is_dir():
+        plan["model_fingerprint"] = folder_fingerprint(Path(speech.model_name_or_path))
+    if method.method.endswith(".json"):
+        plan["method"] = Path(method.method).name
+        plan["method_file"] = read_config_file(method.method)
+    plan["model_name_or_path"] = model_name(speech.model_name_or_path)
+    return plan
+
+
+def rates_of(method: MethodArguments) -> dict[str, float | None]:
+    return {} if method.method == ZERO_SHOT else method.rates()
+
+
+def fit(
+    speech: SpeechArguments,
+    method: MethodArguments,
+    training: TrainingArguments,
+    parts: tuple[Set, Set],
+    sounds: list[list[str]],
+    plan: dict[str, Any],
+) -> None:
+    """Train and write last/ and training.json."""
+    set_seed(training.seed)
+    model = load_whisper(speech.model_name_or_path, speech.dtype, speech.window)
+    tokenizer = load_tokenizer(speech.model_name_or_path)
+    prompt = prompt_of(model, tokenizer, speech.language, speech.language_token)
+    out = Path(str(training.output_dir))
+    if method.method == ZERO_SHOT:
+        write_json(out / TRAINING_FILE, untrained(plan, prompt))
+        return
+    rows = rows_of(model, tokenizer, prompt, speech, method.method == "full", parts, sounds)
+    adapted = apply_method(model, method.method, settings_of(method, speech))
+    trainer = SpeechTrainer(
+        adapted,
+        method.rates(),
+        training,
+        train_dataset=rows[0],
+        eval_dataset=rows[1],
+        data_collator=SpeechBatches(prompt, tokenizer.pad_token_id, model.dtype),
+        processing_class=tokenizer,
+    )
+    trainer.spec_augment = speech.spec_augment
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    if trainer.is_world_process_zero():
+        adapted.adapter.save(str(out / "last"))
+        write_json(out / TRAINING_FILE, _result(plan, prompt, adapted, trainer, parts[0]))
+
+
+class SpeechTrainer(AdapterTrainer):
+    """Masks the features of training batches, where that is asked for."""
+
+    spec_augment = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **more: Any) -> Any:
+        inputs = dict(inputs)
+        own_frames = inputs.pop(OWN_FRAMES, None)
+        if self.spec_augment and model.training:
+            inputs["input_features"] = spec_augment(inputs["input_features"], own_frames.tolist())
+        return super().compute_loss(model, inputs, *others, **more)
+
+
+def rows_of(
+    model: Any,
+    tokenizer: Any,
+    prompt: Prompt,
+    speech: SpeechArguments,
+    full: bool,
+    parts: tuple[Set, Set],
+    sounds: list[list[str]],
+) -> list[SpeechRows]:
+    """The rows for training and for the validation loss: of features or, where that serves, of the encoder's outputs."""
+    cache = Path(speech.cache_dir)
+    fixed = not full and not adapts_encoder(model, speech.targets) and not speech.spec_augment
+    rows = []
+    for part, prints in zip(parts, sounds, strict=True):
+        texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions)
+        heard: Any = features(model, part, prints, speech.window, cache)
+        if fixed and speech.cache_encoder:
+            name = model_print(speech.model_name_or_path)
+            heard = encoded_of(heard, model, name, cache)
+        rows.append(SpeechRows(heard, texts))
+    return rows
+
+
+def features(model: Any, part: Set, prints: list[str], window: int, cache: Path) -> Features:
+    """The features of a split for this model."""
+    return features_of(part.clips, prints, part.seconds, model.config.num_mel_bins, window, cache)
+
+
+def settings_of(method: MethodArguments, speech: SpeechArguments) -> dict[str, Any]:
+    """The method's settings for Whisper's layers; full fine-tuning has none."""
+    settings = method.settings(target_modules(speech.targets), None)
+    return {} if method.method == "full" else settings
+
+
+def untrained(plan: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
+    """What training.json says of a model that is left as it is."""
+    nothing = {"stored_parameters": {"parameters": 0, "bytes": 0}, "steps": 0, "train_seconds": 0.0}
+    return {
+        "settings": plan,
+        "prompt": prompt.to_dict(),
+        "validation_losses": [],
+        "curve": [],
+        "train_rows": 0,
+        **nothing,
+        **records.environment(),
+    }
+
+
+def _result(
+    plan: dict[str, Any], prompt: Prompt, adapted: Adapted, trainer: AdapterTrainer, train: Set
+) -> dict[str, Any]:
+    adapter, seconds = adapted.adapter, trainer.train_seconds
+    curve = [{"step": e["step"], "loss": e["eval_loss"]} for e in trainer.state.log_history if "eval_loss" in e]
+    return {
+        "settings": plan,
+        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
+        "prompt": prompt.to_dict(),
+        "epochs": trainer.state.epoch or 0,
+        "train_rows": len(train.clips),
+        "train_minutes": round(sum(train.seconds) / 60, 2),
+        "left_out": len(train.left_out),
+        "validation_losses": [point["loss"] for point in curve],
+        "curve": curve,
+        "stored_parameters": adapter.stored_parameters()._asdict(),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(seconds, 3),
+        "peak_memory_mib": records.peak_memory_mib(),
+        **records.environment(),
+    }
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands.run(main, "train_speech")

@@ -1,0 +1,194 @@
+"""Transcribe recordings with a run of train_speech.py, in batches.
+
+    python ASR/transcribe.py runs/asr/try --data_dir DIR                    # test.tsv of DIR, into runs/asr/try/test.tsv
+    python ASR/transcribe.py runs/asr/try --data_dir DIR --split dev --beam 5 --merge
+
+Writes SPLIT.tsv with the columns path and text, as `score.py` takes it. A text that has not ended after --max_new_tokens
+is cut there, and such texts are counted. Interrupted, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, HfArgumentParser
+
+from features import Features, features_of
+from speech_data import SPLITS, Set, fingerprint, load_split, sound_prints
+from train_speech import RUNS, ZERO_SHOT
+from vblora.io import read_json, replacing, write_json
+from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
+from vblora_experiments import commands, records
+from vblora_experiments.progress import Progress
+from whisper_models import Prompt, load_tokenizer, load_whisper, prompt_of
+
+
+@dataclass
+class Decoding:
+    """How texts are decoded."""
+
+    beam: int = field(default=1, metadata={"help": "beams; 1 takes the likeliest token each time"})
+    max_new_tokens: int = field(default=224, metadata={"help": "tokens of a text at most"})
+
+    def check(self) -> None:
+        """Raise ValueError for a setting that cannot be."""
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}")
+
+
+def main(arguments: list[str]) -> Path:
+    """Transcribe, and return the file of texts."""
+    options, decoding = parse(arguments)
+    tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
+    plan = tuned.plan
+    if plan is None or "language" not in plan:
+        raise ValueError(f"{options.run} is no run of ASR/train_speech.py")
+    part = load_split(options.data_dir, options.split, plan["window"], plan["long_clips"])
+    sounds = sound_prints(part.clips)
+    settings = {**asdict(decoding), "merge": options.merge, "data": fingerprint(part.clips, sounds)}
+    target, note = options.run / f"{options.split}.tsv", options.run / f"{options.split}.decoding.json"
+    if target.exists() and note.exists():
+        before = read_json(note)
+        if changed := records.differences({name: before.get(name) for name in settings}, settings):
+            raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
+        print(f"{target} is there already")
+        return target
+    done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings)
+    missing = [number for number in range(len(part.clips)) if number not in done.texts]
+    if missing:
+        decode(load(tuned, options.merge), tuned, part, sounds, missing, options, decoding, done)
+    texts = [json.loads(done.texts[number]) for number in range(len(part.clips))]
+    with replacing(target) as temporary:
+        rows = "".join(f"{clip.name}\t{text['text']}\n" for clip, text in zip(part.clips, texts, strict=True))
+        temporary.write_text(f"path\ttext\n{rows}", encoding="utf-8")
+    cut = sum(not text["ended"] for text in texts)
+    write_json(note, {**settings, "cut": cut, "left_out": len(part.left_out)})
+    done.path.unlink()
+    print(f"{target}: {len(texts)} texts, {cut} of them cut at {decoding.max_new_tokens} tokens")
+    return target
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
+    parser = HfArgumentParser(
+        Decoding,  # type: ignore[arg-type]
+        prog="transcribe.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="the output folder of train_speech.py")
+    parser.add_argument("--data_dir", type=Path, required=True, help="folder with the split's table")
+    parser.add_argument("--split", choices=SPLITS, default="test")
+    parser.add_argument("--model_name_or_path", help="the base model; as in training unless given")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first")
+    parser.add_argument("--cache_dir", type=Path, default=RUNS / "cache", help="where features are kept")
+    options = parser.parse_args(arguments)
+    decoding = Decoding(**{name: getattr(options, name) for name in Decoding.__dataclass_fields__})
+    decoding.check()
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, not {options.batch_size}")
+    if not (options.run / PLAN_FILE).exists():
+        raise ValueError(f"{options.run} holds no run of train_speech.py")
+    return options, decoding
+
+
+def load(tuned: Tuned, merge: bool = False) -> Any:
+    """The run's model in evaluation mode, on this process's device."""
+    assert tuned.plan is not None
+    if tuned.plan["method"] == ZERO_SHOT:
+        tuned = replace(tuned, adapter=None)
+    # What was trained whole has been saved with its window.
+    model = load_whisper(tuned.weights, tuned.dtype, tuned.plan["window"]).to(own_device())
+    if tuned.adapter is not None:
+        model = with_adapter(model, tuned.adapter, merge)
+    return model.eval()
+
+
+def decode(
+    model: Any,
+    tuned: Tuned,
+    part: Set,
+    sounds: list[str],
+    missing: list[int],
+    options: argparse.Namespace,
+    decoding: Decoding,
+    done: Progress,
+) -> None:
+    """Transcribe what is missing, longest recordings first, and say how far it is."""
+    assert tuned.plan is not None
+    tokenizer, whisper = load_tokenizer(tuned.base), whisper_of(model)
+    prompt = prompt_of(whisper, tokenizer, tuned.plan["language"], tuned.plan.get("language_token"))
+    mels = whisper.config.num_mel_bins
+    heard = features_of(part.clips, sounds, part.seconds, mels, tuned.plan["window"], options.cache_dir)
+    order = sorted(missing, key=lambda number: -part.seconds[number])
+    began = time.monotonic()
+    for at in range(0, len(order), options.batch_size):
+        numbers = order[at : at + options.batch_size]
+        found = texts_of(whisper, tokenizer, batch_of(heard, numbers), prompt, decoding)
+        entries = [json.dumps({"text": text, "ended": ended}) for text, ended in found]
+        done.add(dict(zip(numbers, entries, strict=True)))
+        decoded = at + len(numbers)
+        left = (time.monotonic() - began) / decoded * (len(order) - decoded)
+        print(f"\r{decoded}/{len(order)} transcribed, {left / 60:.1f} min left ", end="", flush=True)
+    print()
+
+
+def batch_of(heard: Features, numbers: list[int]) -> Tensor:
+    return torch.stack([heard.of(number) for number in numbers])
+
+
+@torch.no_grad()
+def texts_of(
+    whisper: Any, tokenizer: Any, features: Tensor, prompt: Prompt, decoding: Decoding
+) -> list[tuple[str, bool]]:
+    """The text of each recording, and whether it came to its end; features of shape (batch, mels, frames).
+
+    transformers' plain search is used: Whisper's own would look for languages and for further windows.
+    """
+    ids = torch.tensor([prompt.ids] * len(features), device=whisper.device)
+    output = GenerationMixin.generate(
+        whisper,
+        input_features=features.to(whisper.device, whisper.dtype),
+        attention_mask=torch.ones(features.shape[::2], device=whisper.device),  # silence at the end is heard too
+        decoder_input_ids=ids,
+        generation_config=search(whisper, prompt, decoding),
+    )
+    said = output[:, ids.shape[1] :]
+    ended = (said == tokenizer.eos_token_id).any(dim=1).tolist()
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    return [(" ".join(text.split()), end) for text, end in zip(texts, ended, strict=True)]
+
+
+def search(whisper: Any, prompt: Prompt, decoding: Decoding) -> GenerationConfig:
+    """The search, with the tokens that Whisper's own never says."""
+    own = whisper.generation_config
+    return GenerationConfig(
+        num_beams=decoding.beam,
+        do_sample=False,
+        max_length=min(len(prompt.ids) + decoding.max_new_tokens, whisper.config.max_target_positions),
+        suppress_tokens=own.suppress_tokens,
+        begin_suppress_tokens=own.begin_suppress_tokens,
+        decoder_start_token_id=whisper.config.decoder_start_token_id,
+        bos_token_id=whisper.config.bos_token_id,
+        eos_token_id=whisper.config.eos_token_id,
+        pad_token_id=whisper.config.pad_token_id,
+    )
+
+
+def whisper_of(model: Any) -> Any:
+    """The Whisper itself; a method of PEFT's wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    commands.run(main, "transcribe")
