@@ -66,7 +66,7 @@ def device_name() -> str:
 
 def commit() -> str | None:
     """The commit of this code, with "+" where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str | None:
         try:
