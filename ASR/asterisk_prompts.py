@@ -101,7 +101,9 @@ def usable_prompts(root: Path, language: str, sounds: Path) -> tuple[dict[str, s
     """The transcripts that can be scored, by their recordings' names, and how many were left out for what."""
     packed = root / f"usr/share/doc/asterisk-core-sounds-{language}/core-sounds-{language}.txt.gz"
     if not packed.is_file() or not sounds.is_dir():
-        raise ValueError(f"{root} has no {packed.relative_to(root)}, or no {sounds.relative_to(root)}: unpack both there")
+        raise ValueError(
+            f"{root} has no {packed.relative_to(root)}, or no {sounds.relative_to(root)}: unpack both there"
+        )
     texts: dict[str, str] = {}
     refused: Counter[str] = Counter()
     for line in gzip.decompress(packed.read_bytes()).decode("utf-8-sig").splitlines():

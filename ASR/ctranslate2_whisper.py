@@ -169,13 +169,16 @@ def _layer(variables: Variables, to: str, of: str) -> Variables:
 
 def layers(variables: Variables, side: str) -> int:
     """The number of layers of the encoder or of the decoder."""
-    return len({n.split("/")[1] for n in variables if n.startswith(f"{side}/layer_") and n.split("/")[1] != "layer_norm"})
+    return len(
+        {n.split("/")[1] for n in variables if n.startswith(f"{side}/layer_") and n.split("/")[1] != "layer_norm"}
+    )
 
 
 def model_config(variables: Variables, ids: dict[str, int]) -> WhisperConfig:
     """The sizes, read off the arrays' shapes."""
     vocabulary, width = variables["decoder/embeddings/weight"].shape
-    sides: dict[str, Any] = {}
+    end = ids["<|endoftext|>"]
+    sides: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     for side in ("encoder", "decoder"):
         sides[f"{side}_layers"] = layers(variables, side)
         sides[f"{side}_attention_heads"] = int(variables[f"{side}/num_heads"])
@@ -187,7 +190,6 @@ def model_config(variables: Variables, ids: dict[str, int]) -> WhisperConfig:
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
         decoder_start_token_id=ids["<|startoftranscript|>"],
-        **{f"{name}_token_id": ids["<|endoftext|>"] for name in ("bos", "eos", "pad")},
         **sides,
     )
 

@@ -1,9 +1,9 @@
 """What is made of two texts before their words are compared.
 
-    raw       white space alone
-    unicode   compatibility forms, lower case, no punctuation; letters with all their marks; l'eau is one word
-    basic     Whisper's for all languages: drops every mark, so that Hindi loses its vowel signs, and splits l'eau
-    english   Whisper's for English: spelled numbers, contractions and British spellings too; wrong for other languages
+raw       white space alone
+unicode   compatibility forms, lower case, no punctuation; letters with all their marks; l'eau is one word
+basic     Whisper's for all languages: drops every mark, so that Hindi loses its vowel signs, and splits l'eau
+english   Whisper's for English: spelled numbers, contractions and British spellings too; wrong for other languages
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], dec
 def summary(record: dict[str, Any]) -> str:
     rates = record["test"]["rates"][MAIN]
     shown = ", ".join(
-        f"{name.upper()} {rate['percent']:.1f} ({rate['low']:.1f} to {rate['high']:.1f})" for name, rate in rates.items()
+        f"{name.upper()} {rate['percent']:.1f} ({rate['low']:.1f} to {rate['high']:.1f})"
+        for name, rate in rates.items()
     )
     dev = record["dev"]["rates"][MAIN]["wer"]["percent"]
     stored = record["stored_parameters"]["parameters"]

@@ -27,7 +27,9 @@ def text_tokens(clips: Sequence[Clip], tokenizer: Any, prompt: Prompt, longest: 
     rows = [[*ids, tokenizer.eos_token_id] for ids in texts]
     for clip, row in zip(clips, rows, strict=True):
         if (size := len(prompt.ids) + len(row) - 1) > longest:
-            raise ValueError(f"{clip.where}: the transcript has {size} tokens, and the decoder reads {longest}: remove it")
+            raise ValueError(
+                f"{clip.where}: the transcript has {size} tokens, and the decoder reads {longest}: remove it"
+            )
     return rows
 
 

@@ -80,7 +80,8 @@ class SpeechArguments:
     )
     window: int = field(default=WINDOW, metadata={"help": "seconds that the model hears at once; less is faster"})
     long_clips: str = field(
-        default="refuse", metadata={"help": "recordings longer than the window: refuse, or leave_out (told and counted)"}
+        default="refuse",
+        metadata={"help": "recordings longer than the window: refuse, or leave_out (told and counted)"},
     )
     spec_augment: bool = field(default=False, metadata={"help": "mask bands of time and frequency in training"})
     dtype: str = field(default="float32", metadata={"help": "of the model's weights"})
@@ -243,7 +244,7 @@ def rows_of(
     parts: tuple[Set, Set],
     sounds: list[list[str]],
 ) -> list[SpeechRows]:
-    """The rows for training and for the validation loss: of features or, where that serves, of the encoder's outputs."""
+    """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs."""
     cache = Path(speech.cache_dir)
     fixed = not full and not adapts_encoder(model, speech.targets) and not speech.spec_augment
     rows = []

@@ -1,10 +1,10 @@
 """Transcribe recordings with a run of train_speech.py, in batches.
 
-    python ASR/transcribe.py runs/asr/try --data_dir DIR                    # test.tsv of DIR, into runs/asr/try/test.tsv
+    python ASR/transcribe.py runs/asr/try --data_dir DIR                  # test.tsv of DIR, into runs/asr/try/test.tsv
     python ASR/transcribe.py runs/asr/try --data_dir DIR --split dev --beam 5 --merge
 
-Writes SPLIT.tsv with the columns path and text, as `score.py` takes it. A text that has not ended after --max_new_tokens
-is cut there, and such texts are counted. Interrupted, it goes on where it stopped.
+Writes SPLIT.tsv with the columns path and text, as `score_speech.py` takes it. A text that has not ended after
+--max_new_tokens is cut there, and such texts are counted. Interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
 
 def load(tuned: Tuned, merge: bool = False) -> Any:
     """The run's model in evaluation mode, on this process's device."""
-    assert tuned.plan is not None
-    if tuned.plan["method"] == ZERO_SHOT:
+    plan = tuned.plan
+    assert plan is not None
+    if plan["method"] == ZERO_SHOT:
         tuned = replace(tuned, adapter=None)
-    # What was trained whole has been saved with its window.
-    model = load_whisper(tuned.weights, tuned.dtype, tuned.plan["window"]).to(own_device())
+    model = load_whisper(tuned.weights, tuned.dtype, plan["window"]).to(own_device())
     if tuned.adapter is not None:
         model = with_adapter(model, tuned.adapter, merge)
     return model.eval()
@@ -124,11 +124,11 @@ def decode(
     done: Progress,
 ) -> None:
     """Transcribe what is missing, longest recordings first, and say how far it is."""
-    assert tuned.plan is not None
-    tokenizer, whisper = load_tokenizer(tuned.base), whisper_of(model)
-    prompt = prompt_of(whisper, tokenizer, tuned.plan["language"], tuned.plan.get("language_token"))
+    tokenizer, whisper, plan = load_tokenizer(tuned.base), whisper_of(model), tuned.plan
+    assert plan is not None
+    prompt = prompt_of(whisper, tokenizer, plan["language"], plan.get("language_token"))
     mels = whisper.config.num_mel_bins
-    heard = features_of(part.clips, sounds, part.seconds, mels, tuned.plan["window"], options.cache_dir)
+    heard = features_of(part.clips, sounds, part.seconds, mels, plan["window"], options.cache_dir)
     order = sorted(missing, key=lambda number: -part.seconds[number])
     began = time.monotonic()
     for at in range(0, len(order), options.batch_size):

