@@ -85,3 +85,25 @@ def test_factors_are_views_of_the_table():
     table = torch.randn(layout.rows, 4)
     pointers = {factor.untyped_storage().data_ptr() for pair in layout.factors(table) for factor in pair}
     assert pointers == {table.untyped_storage().data_ptr()}
+
+
+def test_a_gradient_of_a_gradient_is_the_plain_formulas():
+    bank, logits = random_bank(12, 5, 9)
+    values, indices = select(logits, 3)
+    weight = torch.randn(9, 5, dtype=bank.dtype)
+
+    def twice(table):
+        first = torch.autograd.grad((table.pow(3) * weight).sum(), [bank, logits], create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), [bank, logits])
+
+    for ours, plain in zip(twice(compose(bank, indices, values)), twice(compose_dense(bank, logits, 3)), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["bank", "logits"])
+def test_the_part_that_is_frozen_gets_no_gradient(frozen):
+    bank, logits = random_bank(12, 5, 9)
+    {"bank": bank, "logits": logits}[frozen].requires_grad_(False)
+    values, indices = select(logits, 2)
+    compose(bank, indices, values).square().sum().backward()
+    assert (bank.grad is None, logits.grad is None) == (frozen == "bank", frozen == "logits")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
+from vblora.hooks import install_hooks
 from vblora.merging import check_mergeable
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
@@ -379,7 +380,7 @@ class Adapter(ForwardPath):
         self.to(_device_of(next(iter(self.targets.values()))))
         model.add_module(name, self)
         layers = [(self.targets[self.shapes[group[0]].name], group) for group in self._indices_by_layer()]
-        self._handles += self.install_hooks(model, layers)
+        self._handles += install_hooks(self, model, layers)
 
     def _indices_by_layer(self) -> list[list[int]]:
         """The numbers of the targets that are in one layer, layer by layer: one, or the parts of a split one."""

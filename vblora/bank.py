@@ -13,11 +13,13 @@ writes it; it is short, slow, and what the fast form is tested against.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vblora.low_rank import is_traced
 from vblora.shapes import LayerShape, peft_index_bytes
 
 Factors = tuple[Tensor, Tensor]  # A: (r, in_features) and B transposed: (r, out_features)
@@ -31,17 +33,54 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def compose(bank: Tensor, indices: Tensor, selected: Tensor) -> Tensor:
     """All sub-vectors in one weighted embedding bag: (h, b), (N, k), (N, k) -> (N, b).
 
-    `indices` and `selected` are what `select` gives. Differentiable in `bank` and in `selected`.
+    `indices` and `selected` are what `select` gives. Differentiable in `bank` and in `selected`, twice too.
     """
     weights = selected.softmax(dim=-1)  # (N, k)
+    if is_traced() and not torch.compiler.is_compiling():
+        return _mixtures(bank, indices, weights)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Mixtures.apply(bank, indices, weights)
+    return _bag(bank, indices, weights)
+
+
+def _bag(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(indices, bank, mode="sum", per_sample_weights=weights)
+
+
+def _mixtures(bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The same in plain operations, which take the memory of k bags."""
+    return (weights.unsqueeze(-1) * bank[indices]).sum(dim=-2)  # (N, k, b) -> (N, b)
+
+
+class _Mixtures(torch.autograd.Function):
+    """`_bag`, whose own backward cannot be gone back through: where that is asked for, `_mixtures` is."""
+
+    @staticmethod
+    def forward(ctx: Any, bank: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(bank, indices, weights)
+        with torch.enable_grad():
+            of_bank, _, of_weights = ctx.needs_input_grad
+            ctx.inner = bank.detach().requires_grad_(of_bank), weights.detach().requires_grad_(of_weights)
+            ctx.bag = _bag(ctx.inner[0], indices, ctx.inner[1])
+        return ctx.bag.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            asked = [tensor for tensor in ctx.inner if tensor.requires_grad]
+            found = iter(torch.autograd.grad(ctx.bag, asked, gradient, retain_graph=True))
+            of_bank, of_weights = (next(found) if tensor.requires_grad else None for tensor in ctx.inner)
+            return of_bank, None, of_weights
+        bank, indices, weights = ctx.saved_tensors
+        shares = weights.unsqueeze(-1) * gradient.unsqueeze(-2)  # (N, k, b)
+        of_bank = torch.zeros_like(bank).index_add(0, indices.flatten(), shares.flatten(0, 1))
+        return of_bank, None, (bank[indices] * gradient.unsqueeze(-2)).sum(dim=-1)
 
 
 def compose_dense(bank: Tensor, logits: Tensor, topk: int) -> Tensor:
     """The paper's formula from all logits: (h, b), (N, h) -> (N, b). The reference, not the fast path."""
     values, indices = logits.topk(topk, dim=-1)
-    weights = values.softmax(dim=-1)  # (N, k)
-    return (weights.unsqueeze(-1) * bank[indices]).sum(dim=-2)  # (N, k, b) -> (N, b)
+    return _mixtures(bank, indices, values.softmax(dim=-1))
 
 
 def smallest_index_dtype(num_vectors: int) -> torch.dtype:

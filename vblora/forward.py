@@ -11,6 +11,7 @@ the factors it had, and the reentrant form, whose first backward uses the graph 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from vblora.bank import Factors
 from vblora.config import AdapterConfig
-from vblora.low_rank import add_low_rank, add_low_rank_, without_autocast
+from vblora.low_rank import add_low_rank, add_low_rank_, is_traced, without_autocast
 from vblora.shapes import LayerShape
 
 
@@ -40,6 +41,7 @@ class ForwardPath(nn.Module):
         self._composition: _Composition | None = None
         self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
         self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
+        self._to_visit: set[int] = set()  # layers that reentrant checkpointing is to call again, in the backward pass
 
     @property
     def home(self) -> tuple[nn.Module, str]:
@@ -78,19 +80,20 @@ class ForwardPath(nn.Module):
         """Nothing: the adapter works through hooks. An nn.Sequential, though, calls each of its sub-modules."""
         return x
 
-    def install_hooks(self, model: nn.Module, layers: Sequence[tuple[nn.Module, list[int]]]) -> list[Any]:
-        """Hook the model, its input embeddings, and each layer with the numbers of the targets that are in it."""
-        handles = [
-            model.register_forward_pre_hook(_RootHook(self)),
-            model.register_forward_hook(_RootEndHook(self)),
-        ]
-        embeddings = _input_embeddings(model)
-        if embeddings is not None:
-            handles.append(embeddings.register_forward_hook(_EmbeddingHook(self)))
-        handles += [
-            layer.register_forward_hook(_LayerHook(self, indices), with_kwargs=True) for layer, indices in layers
-        ]
-        return handles
+    def begin_pass(self) -> None:
+        """Compose before the model's first layer runs, outside of every checkpointed segment."""
+        if not self.enabled or self.merged:
+            return
+        if is_traced():
+            self._composed = self._traced_composition()
+        else:
+            composition = self.current()
+            self._composed = composition.factors(*composition.own_precision)
+
+    def end_pass(self) -> None:
+        """Let traced factors go, or they would be one of the results of a compiled model."""
+        if is_traced():
+            self._composed = None
 
     def current(self, *, layer: int | None = None) -> _Composition:
         """The composition for `layer`, or for a new forward pass of the whole model: the last one if it still serves.
@@ -102,10 +105,13 @@ class ForwardPath(nn.Module):
         """
         want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         new_pass = layer is None
-        if new_pass:
-            self._pass_has_graph = want_graph
         state = self.state_key()
         last = self._composition
+        if new_pass:
+            if self._to_visit and last is not None and last.used:
+                self._warn_of_no_gradient()
+            self._to_visit.clear()
+            self._pass_has_graph = want_graph
         if (
             last is None
             or last.used
@@ -116,17 +122,28 @@ class ForwardPath(nn.Module):
         assert self._composition is not None
         if layer is not None and self._pass_has_graph and not want_graph:
             self._composition.to_recompute.add(layer)
+            self._to_visit.add(layer)
+        elif self._to_visit and layer is not None and in_backward():
+            self._to_visit.discard(layer)
         return self._composition
+
+    def _warn_of_no_gradient(self) -> None:
+        layers = ", ".join(self.shapes[index].name for index in sorted(self._to_visit)[:3])
+        warnings.warn(
+            f"reentrant gradient checkpointing gave no gradient to {len(self._to_visit)} adapted layers ({layers}, "
+            'and so on): use the other form, model.gradient_checkpointing_enable({"use_reentrant": False})',
+            stacklevel=2,
+        )
 
     def state_key(self) -> tuple[Any, ...]:
         """Changes whenever a parameter or buffer is written to or moved."""
         tensors = [*self._parameters.values(), *self._buffers.values()]
         return tuple((t.data_ptr(), t._version) for t in tensors if t is not None)
 
-    def _add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
+    def add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
         """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
         factors: Mapping[int, Factors] | Sequence[Factors]
-        if torch.compiler.is_compiling():
+        if is_traced():
             factors = self._traced_factors(indices, output.dtype, output.device)
         else:
             factors = self.current(layer=indices[0]).factors(output.dtype, output.device)
@@ -152,7 +169,7 @@ class ForwardPath(nn.Module):
         return torch.cat(sums, dim=-1).view(output.shape)
 
     def _traced_factors(self, indices: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, Factors]:
-        """While torch.compile traces: what was composed before the first layer, with none of the bookkeeping.
+        """While PyTorch traces (`is_traced`): what was composed before the first layer, with none of the bookkeeping.
 
         A layer called without the whole model's forward pass composes for itself.
         """
@@ -243,79 +260,6 @@ class _Joint(torch.autograd.Function):
         return (None, *gradients)
 
 
-# Hooks are small objects, not closures: a deep copy of the model copies them and the adapter they hold together.
-
-
-class _RootHook:
-    """Before the model's forward pass: have the factors composed, outside of every checkpointed segment."""
-
-    def __init__(self, adapter: ForwardPath) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        adapter = self.adapter
-        if adapter.enabled and not adapter.merged:
-            if torch.compiler.is_compiling():
-                adapter._composed = adapter._traced_composition()
-            else:
-                composition = adapter.current()
-                adapter._composed = composition.factors(*composition.own_precision)
-
-
-class _RootEndHook:
-    """After a compiled model's forward pass: let the factors go, or they would be one of its results."""
-
-    def __init__(self, adapter: ForwardPath) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            self.adapter._composed = None
-
-
-class _LayerHook:
-    """After an adapted layer: add its B A x to the output."""
-
-    def __init__(self, adapter: ForwardPath, indices: list[int]) -> None:
-        self.adapter = adapter
-        self.indices = indices
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter.enabled or self.adapter.merged:
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
-        kept = len(module._forward_hooks) > 1 or torch.nn.modules.module._global_forward_hooks
-        in_place = type(module) is nn.Linear and not kept
-        return self.adapter._add_to(output, x, self.indices, in_place)
-
-
-class _EmbeddingHook:
-    """After the input embeddings, with gradient checkpointing on: make their output require a gradient.
-
-    The reentrant form runs a segment's backward only if its input requires one, and everything below the
-    first adapted layer is frozen: without this the adapters would silently get no gradient.
-    """
-
-    def __init__(self, adapter: ForwardPath) -> None:
-        self.adapter = adapter
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        model, _ = self.adapter.home
-        if model.training and torch.is_grad_enabled() and not output.requires_grad:
-            if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-                output.requires_grad_(True)
-
-
 def in_backward() -> bool:
     """Whether a backward pass is running."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    """transformers' input embeddings, where the model is one of theirs and has some."""
-    get_input = getattr(model, "get_input_embeddings", None)
-    try:
-        return get_input() if get_input is not None else None
-    except NotImplementedError:
-        return None

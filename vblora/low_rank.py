@@ -23,13 +23,7 @@ def add_low_rank_(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     A layer with a bias gives a view of a matrix, whose gradient autograd would copy for what is written to it. Under a
     dispatch mode, such as that of selective checkpointing, the output may be kept to be used again.
     """
-    special = (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-    if special or not output.is_contiguous():
+    if is_traced() or torch._C._len_torch_dispatch_stack() > 0 or not output.is_contiguous():
         return add_low_rank(output, x, a, b)
     if torch.is_grad_enabled():
         return add_low_rank(output, x, a, b) if output._is_view() else _AddLowRank.apply(output, x, a, b)
@@ -67,3 +61,15 @@ class _AddLowRank(torch.autograd.Function):
 def without_autocast(device: str) -> Any:
     """Switches autocast off, where it is on: entering its context at every layer costs more than a small product."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, a transform of torch.func or forward-mode differentiation looks on.
+
+    They need plain operations, and tensors that are kept from an earlier pass are not theirs.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

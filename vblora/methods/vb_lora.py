@@ -14,7 +14,7 @@ from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
 from vblora.logits import LogitTable, draw, register_owner
-from vblora.methods.redraw import redrawn
+from vblora.low_rank import is_traced
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):
@@ -56,7 +56,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self._select()
 
     def compose(self) -> tuple[Tensor, ...]:
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             self._warn_if_not_reselected()
         return (compose(self.vector_bank, self.topk_indices, self.topk_logits),)
 
@@ -124,6 +124,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     @torch.no_grad()
     def redraw_logits(self, seed: int) -> None:
         """Make an adapter from a top-k file trainable: draw the logits it lacks, as `vblora.methods.redraw` says."""
+        from vblora.methods.redraw import redrawn
+
         drawn = redrawn(self.config, self.layout.of_a, seed, self.topk_indices, self.topk_logits)
         # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
         self.logits = LogitTable(self.config, self.layout.of_a).to(self.vector_bank)
