@@ -39,7 +39,7 @@ from vblora.files.reading import read_bank
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint
 from vblora.methods import SelectionVBLoRA, VBLoRA
-from vblora.methods.vb_lora import use_bank
+from vblora.methods.given_bank import use_bank
 from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
 from vblora.switch import Adapted, AnyAdapter, apply_method, read_config_file

@@ -10,7 +10,7 @@ import vblora
 from vblora.cli import main as command
 from vblora.files import packed, shared_bank
 from vblora.files.reading import read_bank
-from vblora.methods.vb_lora import use_bank
+from vblora.methods.given_bank import use_bank
 
 CONFIG = {"r": 2, "num_vectors": 20, "vector_length": 16, "topk": 2, "target_modules": ["q_proj", "v_proj"]}
 

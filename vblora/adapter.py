@@ -10,8 +10,9 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
 from vblora.hooks import install_hooks
-from vblora.merging import check_mergeable
+from vblora.merging import SavePretrained, check_in_place, check_mergeable
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
     find_saved,
@@ -30,6 +31,7 @@ from vblora.targets import (
     output_slice,
     weight_of,
     weight_part,
+    with_tied,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +60,9 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
         known = ", ".join(sorted(c.__name__ for c in Adapter.methods))
         raise ValueError(f"attach takes one of {known}, not {type(config).__name__}")
     targets = find_targets(model, config)
-    saved = find_saved(model, config)
+    saved = with_tied(model, find_saved(model, config))
+    if len(saved) > len(find_saved(model, config)):
+        config = replace(config, modules_to_save=list(saved))
     if seed is None:
         seed = int(torch.randint(2**31 - 1, ()))
     if not isinstance(seed, int):
@@ -69,6 +73,10 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
 @torch.inference_mode(False)
 def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[str, nn.Module]) -> Adapter:
     """Put a ready adapter into the model; what `attach` and `vblora.load` end with."""
+    if any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__):
+        raise ValueError(
+            "a SentenceTransformer saves its parts one by one: give the transformer in it, model[0].auto_model"
+        )
     name = name or f"{adapter.config.method}_adapter"
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} cannot be the name of an adapter: it becomes an attribute of the model")
@@ -220,19 +228,7 @@ class Adapter(ForwardPath):
         Raises:
             ValueError: naming the layers.
         """
-        model, _ = self.home
-        names = dict(model.named_modules(remove_duplicate=False))
-        gone = [
-            name
-            for name, module in self.targets.items()
-            if not _is_or_wraps(names.get(name, names.get(name.rpartition(".")[0])), module)
-        ]
-        if gone:
-            more = f" and {len(gone) - 1} more layers were" if len(gone) > 1 else " was"
-            raise ValueError(
-                f"{gone[0]}{more} replaced after the adapter was attached, so that the adapter does nothing there: "
-                "change the model first, then attach or load the adapter"
-            )
+        check_in_place(self.home[0], self.targets)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -292,6 +288,8 @@ class Adapter(ForwardPath):
         self._handles.clear()
         delattr(model, name)
         others = self._others()
+        if not others:
+            model.__dict__.pop("save_pretrained", None)
         kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
         for parameter_name, parameter in model.named_parameters():
             if parameter.is_floating_point() and id(parameter) not in kept:
@@ -360,7 +358,11 @@ class Adapter(ForwardPath):
 
     def head_parameters(self) -> int:
         """Numbers in the modules of `modules_to_save`, which the paper's counts leave out."""
-        return sum(p.numel() for module in self.saved.values() for p in module.parameters())
+        return sum(p.numel() for p in nn.ModuleList(self.saved.values()).parameters())  # those tied to others once
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in PyTorch; nothing while merged: the weights have it, and would get it twice."""
+        return kwargs.get("destination", {}) if self.merged else super().state_dict(*args, **kwargs)
 
     # -- how it sits in the model --------------------------------------------------------------------------------
 
@@ -381,6 +383,8 @@ class Adapter(ForwardPath):
         model.add_module(name, self)
         layers = [(self.targets[self.shapes[group[0]].name], group) for group in self._indices_by_layer()]
         self._handles += install_hooks(self, model, layers)
+        if hasattr(type(model), "save_pretrained"):
+            model.__dict__.setdefault("save_pretrained", SavePretrained(model))
 
     def _indices_by_layer(self) -> list[list[int]]:
         """The numbers of the targets that are in one layer, layer by layer: one, or the parts of a split one."""
@@ -397,11 +401,6 @@ class Adapter(ForwardPath):
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
-
-
-def _is_or_wraps(found: nn.Module | None, module: nn.Module) -> bool:
-    """Whether a layer is still at its place, by itself or within a wrapper such as activation checkpointing's."""
-    return found is module or (found is not None and any(inner is module for inner in found.modules()))
 
 
 def _device_of(module: nn.Module) -> torch.device:

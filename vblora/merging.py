@@ -1,12 +1,15 @@
-"""Whether an adapter can be added to the weights of its layers for good."""
+"""An adapter's sum with the weights of its layers: whether it can be had, and how a whole model is written with it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vblora.targets import is_quantized, weight_of
+from vblora.targets import is_conv1d, is_quantized, weight_of
 
 
 def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -36,3 +39,88 @@ def _sharing(model: nn.Module, target: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module is not target and any(p is weight for p in module.parameters(recurse=False))
     ]
+
+
+def check_in_place(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse layers that were replaced after `attach`: the adapter acts on the old ones alone.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    names = dict(model.named_modules(remove_duplicate=False))
+    gone = [
+        name
+        for name, module in targets.items()
+        if not _is_or_wraps(names.get(name, names.get(name.rpartition(".")[0])), module)
+    ]
+    if gone:
+        more = f" and {len(gone) - 1} more layers were" if len(gone) > 1 else " was"
+        raise ValueError(
+            f"{gone[0]}{more} replaced after the adapter was attached, so that the adapter does nothing there: "
+            "change the model first, then attach or load the adapter"
+        )
+
+
+def _is_or_wraps(found: nn.Module | None, module: nn.Module) -> bool:
+    """Whether a layer is still at its place, by itself or within a wrapper such as activation checkpointing's."""
+    return found is module or (found is not None and any(inner is module for inner in found.modules()))
+
+
+class SavePretrained:
+    """`model.save_pretrained` while adapters are attached: what it writes is the model as it was trained.
+
+    The adapters are added to the weights that are written, so that `from_pretrained` gives the trained model; the model
+    itself stays as it is. A trainer that passes a state of its own, to resume from, gets what transformers writes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._warned = False
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model
+        save = type(model).save_pretrained
+        if "state_dict" not in kwargs:
+            kwargs["state_dict"] = merged_state(self.model)
+        elif not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{save_directory} holds the base model and the adapter's tensors, to resume from: from_pretrained "
+                "takes the base model alone. adapter.save(DIRECTORY) writes the adapter",
+                stacklevel=3,
+            )
+        return save(model, save_directory, *args, **kwargs)
+
+
+@torch.no_grad()
+def merged_state(model: Any) -> dict[str, Tensor]:
+    """The model's state with its adapters added to the weights, and without the adapters' own tensors.
+
+    Raises:
+        ValueError: a layer was replaced, or a weight cannot take a sum: see `check_mergeable`.
+    """
+    adapters = {name: module for name, module in model.named_children() if hasattr(module, "layer_factors")}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(tuple(f"{name}." for name in adapters))
+    }
+    for adapter in adapters.values():
+        if adapter.merged or not adapter.enabled:
+            continue
+        adapter.require_layers()
+        try:
+            check_mergeable(model, adapter.targets)
+        except ValueError as error:
+            raise ValueError(
+                f"save_pretrained writes the adapter's sum with the weights, and {error}; adapter.save(DIRECTORY) "
+                "writes the adapter alone"
+            ) from error
+        names = {id(module): name for name, module in model.named_modules()}
+        for target, (a, b) in adapter.layer_factors().items():
+            layer = adapter.targets[target]
+            key = f"{names[id(layer)]}.weight"
+            state[key] = state[key].clone()
+            part = (state[key].T if is_conv1d(layer) else state[key])[adapter.outputs[target]]  # (out, in)
+            part.copy_(part.to(b.dtype) + (b @ a).to(part.device))
+    return state

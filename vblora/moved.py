@@ -54,7 +54,7 @@ RENAMED = {
     },
     "vblora.storage.shared_bank": {
         "read_bank": "vblora.files.reading:read_bank",
-        "use_bank": "vblora.methods.vb_lora:use_bank",
+        "use_bank": "vblora.methods.given_bank:use_bank",
     },
     "vblora.training.records": {"folder_fingerprint": "vblora.io:folder_fingerprint"},
 }

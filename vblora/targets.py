@@ -28,7 +28,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     inside_saved = tuple(f"{name}." for name in saved)
     if config.target_modules == "all-linear":
         output_layers = _output_layers(model)
-        matched = [n for n, m in names.items() if is_linear(m) and n not in output_layers]
+        matched = [n for n, m in names.items() if is_linear(m) and n not in output_layers and not _in_peft(n, names)]
     else:
         matched = [n for n in names if n and _is_target(config, n)]
     targets = {
@@ -43,12 +43,17 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             f"its linear layers end in: {', '.join(known) or 'none'}"
         )
     for name, module in targets.items():
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{name} has an adapter of PEFT's: call merge_and_unload() first, or name its {name}.base_layer"
+            )
         if not is_linear(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__}; an adapter needs nn.Linear, Conv1D or a bitsandbytes layer"
             )
     parts = [f"{key}.{part}" for key, of_key in (config.split_modules or {}).items() for part in of_key]
     _warn_of_idle_names(config, [*names, *parts])
+    _warn_of_experts(model, config)
     return _split(targets, config)
 
 
@@ -100,6 +105,29 @@ def _warn_of_idle_names(config: AdapterConfig, names: list[str]) -> None:
             warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=4)
 
 
+def _warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
+    """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out."""
+    wanted = config.target_modules
+    experts = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and (wanted == "all-linear" or _is_target(config, name))
+    }
+    if experts:
+        share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{len(experts)} parameters of experts stay as they are, {share:.0%} of the model's numbers: "
+            f"{next(iter(experts))} and its like are no linear layers",
+            stacklevel=4,
+        )
+
+
+def _in_peft(name: str, names: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is part of an adapter of PEFT's: within a wrapped layer, and not the layer that is wrapped."""
+    outer, _, part = name.rpartition(".")
+    return bool(outer) and ((hasattr(names[outer], "base_layer") and part != "base_layer") or _in_peft(outer, names))
+
+
 def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     """The modules of `modules_to_save`, outermost only.
 
@@ -119,6 +147,20 @@ def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
             f"modules_to_save {wanted} name no module of {type(model).__name__} (it has: {', '.join(known)})"
         )
     return saved
+
+
+def with_tied(model: nn.Module, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """These modules, and those that share a parameter with one of them: PEFT, which copies modules, needs all named."""
+    shared = {id(p) for module in saved.values() for p in module.parameters()}
+    inside = tuple(f"{name}." for name in saved)
+    tied = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in saved
+        and not name.startswith(inside)
+        and any(id(p) in shared for p in module.parameters(recurse=False))
+    }
+    return saved | tied
 
 
 def head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:

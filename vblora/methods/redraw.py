@@ -1,4 +1,4 @@
-"""The logits that a top-k file lacks, drawn again so that the adapter can be trained on."""
+"""Logits for files: those that a top-k file lacks are drawn again, those of a full file agree with the selection."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ def _raised(selected: Tensor, drawn: Tensor) -> Tensor:
     apart = [values.amax(dim=-1) - values.amin(dim=-1) for values in (selected, drawn)]
     gaps = 3 * max(1, selected.shape[-1] - 1)
     return (apart[0] - apart[1]).median().clamp(min=0) / gaps
+
+
+def above_others(logits: Tensor, selected: Tensor) -> Tensor:
+    """These (N, h) logits with the k at `selected` (N, k) the largest of their row.
+
+    With `vblora.AdamW` they are. After another optimiser, which leaves the selection as it was, they may not be: a
+    reader, who selects the k largest, would then have another function. The k are raised by one number for each row,
+    which their softmax does not feel.
+    """
+    chosen = logits.gather(1, selected)  # (N, k)
+    others = logits.scatter(1, selected, -torch.inf).amax(dim=1, keepdim=True)  # (N, 1)
+    short = others - chosen.amin(dim=1, keepdim=True)
+    gap = 4 * torch.finfo(logits.dtype).eps * others.abs().clamp(min=1)  # that rounding cannot take away
+    raised = torch.where(short >= 0, chosen + short + gap, chosen)
+    return logits.scatter(1, selected, raised)

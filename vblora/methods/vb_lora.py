@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -155,14 +154,22 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         super().__setstate__(state)
         self._note_owner()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        needed = ["topk_indices", *([] if self.logits is None else ["logits.indices", "logits.values"])]
+        if f"{prefix}topk_logits" in state and any(f"{prefix}{name}" not in state for name in needed):
+            args[-1].append(  # the list of errors
+                f"the state has {prefix}topk_logits without the selection that they belong to: keep the adapter with "
+                "adapter.save(DIRECTORY), or the whole of model.state_dict() and not its parameters alone"
+            )
+        super()._load_from_state_dict(state, prefix, *args)
         self._note_owner()  # with assign=True the parameters are new objects
 
     @torch.no_grad()
     def tensors(self, form: str) -> dict[str, Tensor]:
         bank = self.vector_bank.detach()
         if form == "full":
+            from vblora.methods.redraw import above_others
+
             return {"vector_bank": bank, "logits": above_others(self.dense_logits(), self.topk_indices)}
         return topk_tensors(bank, self.topk_indices, self.topk_logits)
 
@@ -176,41 +183,3 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))
         self.topk_indices.copy_(tensors["topk_indices"])
         self.logits = None
-
-
-def above_others(logits: Tensor, selected: Tensor) -> Tensor:
-    """These (N, h) logits with the k at `selected` (N, k) the largest of their row.
-
-    With `vblora.AdamW` they are. After another optimiser, which leaves the selection as it was, they may not be: a
-    reader, who selects the k largest, would then have another function. The k are raised by one number for each row,
-    which their softmax does not feel.
-    """
-    chosen = logits.gather(1, selected)  # (N, k)
-    others = logits.scatter(1, selected, -torch.inf).amax(dim=1, keepdim=True)  # (N, 1)
-    short = others - chosen.amin(dim=1, keepdim=True)
-    gap = 4 * torch.finfo(logits.dtype).eps * others.abs().clamp(min=1)  # that rounding cannot take away
-    raised = torch.where(short >= 0, chosen + short + gap, chosen)
-    return logits.scatter(1, selected, raised)
-
-
-@torch.no_grad()
-def use_bank(adapter: VBLoRA, source: str | Path) -> None:
-    """Take over the bank of a saved adapter, and freeze it: training moves the logits (and heads) alone.
-
-    Call it before `vblora.param_groups`, which then takes no `lr_vector_bank`.
-
-    Raises:
-        ValueError: no adapter with a bank is there, or the bank has another shape. The adapter is as it was.
-    """
-    from vblora.files.reading import read_bank
-
-    bank = read_bank(source)
-    if bank.shape != adapter.vector_bank.shape:
-        raise ValueError(
-            f"the bank in {source} is {tuple(bank.shape)}, this adapter's {tuple(adapter.vector_bank.shape)}: "
-            "num_vectors and vector_length must be the same"
-        )
-    if not torch.isfinite(bank).all():
-        raise ValueError(f"the bank in {source} holds NaN or infinite numbers")
-    adapter.vector_bank.copy_(bank)
-    adapter.vector_bank.requires_grad_(False)
