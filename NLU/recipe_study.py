@@ -56,8 +56,9 @@ ROWS: dict[str, Flags] = {
     "recipe_k3": {**RECIPE, "topk": 3},
     "recipe_undivided": {**RECIPE, "init_vectors_of_a": 0},
     "recipe_undivided_k2": {**RECIPE, "init_vectors_of_a": 0, "topk": 2},
-    "recipe_half_rate": {**RECIPE, "learning_rate_vector_bank": 2e-3},
-    "recipe_double_rate": {**RECIPE, "learning_rate_vector_bank": 8e-3},
+    "recipe_rate_2e-3": {**RECIPE, "learning_rate_vector_bank": 2e-3},
+    "recipe_rate_4e-3": {**RECIPE, "learning_rate_vector_bank": 4e-3},  # the recipe's own until it was 5e-3
+    "recipe_rate_8e-3": {**RECIPE, "learning_rate_vector_bank": 8e-3},
 }
 DEFAULT_ROWS = ("lora", "plain", "recipe")
 
@@ -114,7 +115,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--against", choices=ROWS, metavar="ROW", help="compare each row with this one, seed by seed")
     parser.add_argument("--search", type=Path, help="print the record of the search for the recipe, and no more")
     parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
-    parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
+    parser.add_argument("--records", type=Path, nargs="+", help="print the table from the records in these folders")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
     options = parser.parse_args(arguments)
     if options.no_runs != (options.records is not None):
@@ -155,10 +156,19 @@ def train(values: Flags, collect: Path | None) -> dict[str, Any]:
     return record
 
 
-def kept(runs: Sequence[Key], folder: Path) -> dict[Key, dict[str, Any] | None]:
-    """The records of these runs in a folder; None for one that is missing."""
-    files = {key: folder / f"{name_of(key)}.json" for key in runs}
-    return {key: read_json(path) if path.exists() else None for key, path in files.items()}
+def kept(runs: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, Any] | None]:
+    """The records of these runs in the first folder that has them; None for one that is missing.
+
+    A run that is MiniLM's row as it stands may be kept as the tables of `reproduce.sh table1` keep it.
+    """
+    found: dict[Key, dict[str, Any] | None] = {}
+    for key in runs:
+        task, epochs, name, seed = key
+        names = (name_of(key), f"minilm_{task}_{name}_seed{seed}")
+        paths = [folder / f"{one}.json" for folder in folders for one in names]
+        there = (read_json(path) for path in paths if path.exists())
+        found[key] = next((r for r in there if r.get("settings", {}).get("num_train_epochs", epochs) == epochs), None)
+    return found
 
 
 SEARCHED = {
@@ -171,23 +181,28 @@ SEARCHED = {
     "learning_rate_vector_bank": "rate",
     "learning_rate_logits": "logits' rate",
     "learning_rate_adapter": "LoRA's rate",
+    "equal_use": "equal use",
+    "frozen_a": "A frozen",
+    "equal_gradients": "equal gradients",
 }
 
 
 def search_table(search: Mapping[str, Any]) -> str:
-    """The settings that were tried on the sentences, the best last, with the score of each seed after three epochs."""
+    """The settings that were tried on the sentences, the best last, with each seed's score at the last epoch."""
+    names = [name for name in SEARCHED if any(name in one["settings"] for one in search["runs"])]
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for one in search["runs"]:
-        settings = {name: one["settings"].get(name, "") for name in SEARCHED}
+        settings = {name: one["settings"].get(name, "") for name in names}
         groups.setdefault(json.dumps([one["method"], settings]), []).append(one)
     lines = []
     for group in sorted(groups.values(), key=lambda group: mean(one["matthews_correlation"][-1] for one in group)):
-        values = [group[0]["settings"].get(name, "") for name in SEARCHED]
+        values = [group[0]["settings"].get(name, "") for name in names]
         scores = [100 * one["matthews_correlation"][-1] for one in sorted(group, key=lambda one: one["seed"])]
         shown = [f"{value:g}" if value != "" else "" for value in values]
         stored = f"{group[0]['stored_parameters']:,}"
         lines.append([group[0]["method"], *shown, stored, " ".join(f"{score:.1f}" for score in scores)])
-    return tables.render(["method", *SEARCHED.values(), "stored numbers", "seeds"], lines, "markdown")
+    titles = [SEARCHED[name] for name in names]
+    return tables.render(["method", *titles, "stored numbers", "seeds"], lines, "markdown")
 
 
 def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
@@ -221,7 +236,7 @@ Group = tuple[str, int, str]  # task, epochs, row
 
 
 def table(found: Mapping[Key, Mapping[str, Any]], against: str | None = None) -> str:
-    """Mean and standard deviation over the seeds of the score at the last epoch, times 100.
+    """Mean and standard deviation over the seeds of the score at the last epoch, times 100, and the mean at the best.
 
     With `against` the differences from that row, paired by seed: mean, 95% interval, and p adjusted by Holm over the
     table's tests.
@@ -229,7 +244,7 @@ def table(found: Mapping[Key, Mapping[str, Any]], against: str | None = None) ->
     groups: dict[Group, dict[int, Mapping[str, Any]]] = {}
     for (task, epochs, name, seed), record in found.items():
         groups.setdefault((task, epochs, name), {})[seed] = record
-    header = ["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds"]
+    header = ["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds", "best epoch"]
     lines = [line_of(group, records) for group, records in groups.items()]
     if against is not None:
         header += [f"difference from {against}", "p", "what the test carries"]
@@ -248,12 +263,13 @@ def line_of(group: Group, records: Mapping[int, Mapping[str, Any]]) -> list[str]
         f"{first['stored_parameters']['parameters']:,}",
         tables.number(mean(scores), stdev(scores) if len(scores) > 1 else None),
         " ".join(f"{score:.1f}" for score in scores),
+        tables.number(mean(scores_of(records, "best").values())),
     ]
 
 
-def scores_of(records: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
-    """By seed, the score at the last epoch, times 100."""
-    return {seed: 100 * record["scores"]["last"][record["scores"]["metric"]] for seed, record in records.items()}
+def scores_of(records: Mapping[int, Mapping[str, Any]], epoch: str = "last") -> dict[int, float]:
+    """By seed, the score at the last or the best epoch, times 100."""
+    return {seed: 100 * record["scores"][epoch][record["scores"]["metric"]] for seed, record in records.items()}
 
 
 def compared(scores: Mapping[Group, Mapping[int, float]], against: str) -> list[tuple[str, str, str]]:

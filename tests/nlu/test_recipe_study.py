@@ -21,8 +21,8 @@ def test_the_table_has_mean_and_deviation_of_the_seeds():
     found = {("sentences", 3, "recipe", seed): record(score) for seed, score in enumerate((0.5, 0.7))}
     found["sentences", 3, "lora", 0] = record(0.8, 1000)
     lines = recipe_study.table(found).splitlines()
-    assert "| sentences (matthews correlation) | 3 | recipe | 100 | 60.0 ± 14.1 | 50.0 70.0 |" in lines
-    assert "| sentences (matthews correlation) | 3 | lora | 1,000 | 80.0 | 80.0 |" in lines
+    assert "| sentences (matthews correlation) | 3 | recipe | 100 | 60.0 ± 14.1 | 50.0 70.0 | 60.0 |" in lines
+    assert "| sentences (matthews correlation) | 3 | lora | 1,000 | 80.0 | 80.0 | 80.0 |" in lines
 
 
 def test_rows_are_compared_with_one_seed_by_seed():
@@ -30,9 +30,9 @@ def test_rows_are_compared_with_one_seed_by_seed():
     scores = {"lora": (0.5, 0.5, 0.5), "recipe": (0.6, 0.7, 0.8), "plain": (0.4, 0.5, 0.6)}
     found = {("sentences", 3, n, seed): record(s) for n, of in scores.items() for seed, s in enumerate(of)}
     lines = recipe_study.table(found, "lora").splitlines()
-    assert lines[2].endswith("| 50.0 50.0 50.0 |  |  |  |")
-    assert lines[3].endswith("| 60.0 70.0 80.0 | +20.0 [-4.8, +44.8] | 0.15 | none shown |")
-    assert lines[4].endswith("| 40.0 50.0 60.0 | +0.0 [-24.8, +24.8] | 1 | none shown |")
+    assert lines[2].endswith("| 50.0 50.0 50.0 | 50.0 |  |  |  |")
+    assert lines[3].endswith("| 60.0 70.0 80.0 | 70.0 | +20.0 [-4.8, +44.8] | 0.15 | none shown |")
+    assert lines[4].endswith("| 40.0 50.0 60.0 | 50.0 | +0.0 [-24.8, +24.8] | 1 | none shown |")
 
 
 def test_the_search_is_listed_by_its_mean_the_best_last():
@@ -68,7 +68,22 @@ def test_kept_records_make_the_table_and_the_picture(tmp_path, capsys):
         (tmp_path / f"sentences_e3_recipe_seed{seed}.json").write_text(json.dumps(record(0.6)))
     picture = tmp_path / "picture.png"
     recipe_study.main(["recipe", "--records", str(tmp_path), "--no_runs", "--picture", str(picture)])
-    assert "| 60.0 ± 0.0 | 60.0 60.0 |" in capsys.readouterr().out and picture.stat().st_size > 1000
+    assert "| 60.0 ± 0.0 | 60.0 60.0 | 60.0 |" in capsys.readouterr().out and picture.stat().st_size > 1000
+
+
+def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
+    for name, epochs in (
+        ("cola_e3_recipe_small_seed0", 3),
+        ("minilm_cola_lora_qv_seed0", 3),
+        ("minilm_cola_lora_qv_seed1", 9),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**record(0.2), "settings": {"num_train_epochs": epochs}}))
+    places = ["--records", str(tmp_path / "empty"), str(tmp_path), "--no_runs", "--glue_dir", "unused"]
+    recipe_study.main(["recipe", "--tasks", "cola", "--rows", "recipe_small", "lora_qv", *places])
+    assert [line.split("|")[3:7] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        [" recipe_small ", " 100 ", " 20.0 ", " 20.0 "],
+        [" lora_qv ", " 100 ", " 20.0 ", " 20.0 "],
+    ]
 
 
 @pytest.mark.parametrize(
