@@ -67,7 +67,7 @@ def test_a_table_begins_with_the_largest_from_the_largest_down():
 def test_widening_adds_the_next_ones_and_changes_nothing(width):
     table = table_of()
     dense = table.dense()
-    table._widen(width)
+    table.widen(width)
     assert table.width == width and torch.equal(table.dense(), dense)
     assert torch.equal(table.values, dense.topk(width).values)
 
@@ -262,7 +262,7 @@ def test_seeds_of_all_sizes_draw_again():
     for seed in (0, 2**63 + 5, 2**64 - 1, -7, -(2**63)):
         table = table_of(seed=seed)
         dense = table.dense()
-        table._widen(40)
+        table.widen(40)
         assert torch.equal(table.dense(), dense) and table._get_seed() == seed
 
 

@@ -9,6 +9,7 @@ from vblora import moved
 
 if TYPE_CHECKING:
     from vblora.adapter import Adapter, attach, load, save
+    from vblora.averages import AveragedModel
     from vblora.groups import param_groups
     from vblora.methods import LoRAXSConfig, TiedLoRAConfig, VBLoRAConfig
     from vblora.optim import AdamW
@@ -23,6 +24,7 @@ __all__ = [
     "AdamW",
     "Adapter",
     "AdapterStore",
+    "AveragedModel",
     "LoRAXSConfig",
     "Recipe",
     "TiedLoRAConfig",
@@ -40,6 +42,7 @@ _HOMES = {
     "AdamW": "vblora.optim",
     "Adapter": "vblora.adapter",
     "AdapterStore": "vblora.serving.store",
+    "AveragedModel": "vblora.averages",
     "LoRAXSConfig": "vblora.methods",
     "Recipe": "vblora.recipes",
     "TiedLoRAConfig": "vblora.methods",

@@ -67,6 +67,11 @@ class ForwardPath(nn.Module):
         """Let go of what was composed: the parameters are about to change."""
         self._composition = self._composed = None
 
+    def train(self, mode: bool = True) -> ForwardPath:
+        """As nn.Module's. What was written through `.data`, which PyTorch does not count, is taken over here at last."""
+        self.forget()
+        return super().train(mode)
+
     def compose(self) -> tuple[Tensor, ...]:
         """What all factors are made of, computed from the parameters with their graph."""
         pairs = self.config.factors(self.shapes, dict(self.named_parameters()))

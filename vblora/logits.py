@@ -203,15 +203,18 @@ class LogitTable(nn.Module):
         self._reach(torch.maximum(self.reached, slots.max()))
         return values, self.indices.gather(1, slots).long()
 
-    def make_room(self) -> None:
-        """Widen the table unless one more selection is sure to leave a slot that never was selected.
+    def make_room(self) -> bool:
+        """Widen the table unless one more selection is sure to leave a slot that never was selected; whether it was.
 
         Every entry without a slot is below that one, so that the selection is the same as from all h.
         """
-        if not self.is_full and self.width < self._highest() + self.config.topk + 2:
-            self._widen(self._fitting(self.width))
+        narrow = not self.is_full and self.width < self._highest() + self.config.topk + 2
+        if narrow:
+            self.widen(self._fitting(self.width))
+        return narrow
 
-    def _widen(self, width: int) -> None:
+    def widen(self, width: int) -> None:
+        """Give slots to the largest entries that have none, up to this width; no entry changes."""
         more: list[tuple[Tensor, Tensor]] = []
         for part, block in zip(_parts(self.rows, self.config.num_vectors), self._drawn(), strict=True):
             rest = block.scatter(1, self.indices[part].cpu().long(), -torch.inf)

@@ -73,8 +73,8 @@ class AdamW(torch.optim.AdamW):
     def _step_logits(self, group: dict[str, Any], parameter: nn.Parameter, adapter: VBLoRA) -> None:
         gradient = parameter.grad  # (N, k)
         assert gradient is not None
+        adapter.make_room()
         table = adapter.logit_table()
-        table.make_room()
         state = self._logits_state(parameter, table)
         slots = table.slots  # (N, k)
         state["step"] += 1

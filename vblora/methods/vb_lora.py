@@ -14,6 +14,7 @@ from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
 from vblora.logits import LogitTable, draw, register_owner
 from vblora.low_rank import is_traced
+from vblora.methods.selected import Copies, check_written, widen_copies
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):
@@ -41,8 +42,9 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.topk_logits = nn.Parameter(torch.zeros(n, k))
         self.register_buffer("topk_indices", torch.zeros(n, k, dtype=torch.long))
         self.register_module("logits", None)
-        self._selection_kept = False  # vblora.AdamW has stepped the logits
-        self._warned = False
+        self.selection_kept = False  # vblora.AdamW has stepped the logits
+        self.warned = False  # see `check_written`
+        self.copies = Copies([self])
         if seed is not None:
             self._draw(seed)
         self._note_owner()
@@ -56,7 +58,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     def compose(self) -> tuple[Tensor, ...]:
         if not is_traced():
-            self._warn_if_not_reselected()
+            check_written(self, torch.is_grad_enabled())
         return (compose(self.vector_bank, self.topk_indices, self.topk_logits),)
 
     def factors(self, composed: tuple[Tensor, ...]) -> list[Factors]:
@@ -100,15 +102,19 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     @torch.no_grad()
     def reselect(self) -> None:
         """Select anew after something other than `vblora.AdamW` changed `topk_logits`."""
-        table = self.logit_table()
-        table.make_room()
-        table.put(self.topk_logits)
+        self.make_room()
+        self.logit_table().put(self.topk_logits)
         self._select()
+
+    def make_room(self) -> None:
+        """Widen the table of logits, and those of deep copies, where another step might reach its end."""
+        if self.logit_table().make_room():
+            widen_copies(self)
 
     def take_selection(self) -> None:
         """Select the k largest logits of the table: what an optimiser calls after it has moved them."""
         self._select()
-        self._selection_kept = True
+        self.selection_kept = self.copies.reselected = True
 
     def _select(self) -> None:
         values, indices = self.logit_table().select()
@@ -134,24 +140,9 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     def _note_owner(self) -> None:
         register_owner(self.topk_logits, self)
 
-    @torch.no_grad()
-    def _warn_if_not_reselected(self) -> None:
-        """Training with an optimiser that knows nothing of the selection would silently freeze it.
-
-        Told by the values, as fused optimisers change parameters without PyTorch's version counter noticing.
-        """
-        if not self.went_backward or self._selection_kept or self._warned or self.logits is None:
-            return
-        if not torch.equal(self.logits.values.gather(1, self.logits.slots), self.topk_logits):
-            self._warned = True
-            warnings.warn(
-                "the logits were stepped by another optimiser than vblora.AdamW, so the selection stays as it "
-                "was; train with vblora.AdamW(vblora.param_groups(model, ...)), or call adapter.reselect()",
-                stacklevel=2,
-            )
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.copies.add(self)
         self._note_owner()
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -166,6 +157,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def tensors(self, form: str) -> dict[str, Tensor]:
+        check_written(self, in_training=False)
         bank = self.vector_bank.detach()
         if form == "full":
             from vblora.methods.redraw import above_others
