@@ -36,7 +36,7 @@ class AveragedModel(swa_utils.AveragedModel):
         means = [own.logits for own, _ in pairs]
         for own, new in pairs:
             # PyTorch averages the selected logits, and copies or averages the table: into one that is given away.
-            own.logits = copy.deepcopy(new.logits).to(own.vector_bank.device)
+            own.logits = copy.deepcopy(new.logit_table()).to(own.vector_bank.device)
         super().update_parameters(model)
         for (own, new), mean in zip(pairs, means, strict=True):
             current = copy.deepcopy(new.logit_table()).to(own.vector_bank.device)

@@ -68,7 +68,7 @@ class ForwardPath(nn.Module):
         self._composition = self._composed = None
 
     def train(self, mode: bool = True) -> ForwardPath:
-        """As nn.Module's. What was written through `.data`, which PyTorch does not count, is taken over here at last."""
+        """As nn.Module's. What was written through `.data`, which PyTorch does not count, is seen here at last."""
         self.forget()
         return super().train(mode)
 
