@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
+import json
 import os
 import types
 from pathlib import Path
@@ -23,14 +25,16 @@ STEPS = 6
 CASES = [("vblora", "fsdp2"), ("vblora", "ddp"), ("tied_lora", "fsdp2")]
 
 
-def adapted(method):
-    model = tiny_llama(50)
-    torch.manual_seed(1)
+def adapted(method, seed=1, num_vectors=120):
+    """In float64, where 1e-9 is much."""
+    model = tiny_llama(50).double()
     config = {
-        "vblora": vblora.VBLoRAConfig(r=2, num_vectors=120, vector_length=16, topk=2, target_modules="all-linear"),
+        "vblora": vblora.VBLoRAConfig(
+            r=2, num_vectors=num_vectors, vector_length=16, topk=2, target_modules="all-linear"
+        ),
         "tied_lora": vblora.TiedLoRAConfig(r=2, target_modules=["q_proj", "v_proj"]),
     }[method]
-    adapter = vblora.attach(model, config)
+    adapter = vblora.attach(model, config, seed=seed).double()
     rates = {"lr_vector_bank": 0.05, "lr_logits": 0.1} if method == "vblora" else {}
     return model, adapter, vblora.AdamW(vblora.param_groups(model, lr=1e-2, **rates))
 
@@ -62,22 +66,28 @@ def process(rank, place):
     for method, kind in CASES:
         state = (train_sharded if kind == "fsdp2" else train_parallel)(method, slice(2 * rank, 2 * rank + 2))
         torch.save(state, Path(place) / f"{method}_{kind}_{rank}.pt")
+    (Path(place) / f"refused_{rank}.json").write_text(json.dumps({name: refused(name, rank) for name in REFUSED}))
     dist.barrier()
     os._exit(0)  # not by way of the interpreter's end, in which gloo's threads have been seen to wait for ever
 
 
-def train_sharded(method, mine):
+def shard(model, **settings):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in [*model.model.layers, model]:
+        fully_shard(module, mesh=mesh, **settings)
+
+
+def train_sharded(method, mine, **settings):
     from torch.distributed.tensor import DTensor
 
-    model, adapter, optimizer = adapted(method)
-    mesh, whole = init_device_mesh("cpu", (WORLD,)), set(adapter.parameters())
+    model, adapter, optimizer = adapted(method, **settings)
+    whole = set(adapter.parameters())
     last = [False]
     sharding.average_gradients(adapter, lambda: last[0])
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(model, mesh=mesh, ignored_params=whole)
+    shard(model, ignored_params=whole)
     assert isinstance(model.lm_head.weight, DTensor) and not any(isinstance(p, DTensor) for p in whole)
     return train(model, adapter, optimizer, mine, lambda now: last.__setitem__(0, now))
 
@@ -86,6 +96,46 @@ def train_parallel(method, mine):
     model, adapter, optimizer = adapted(method)
     parallel = DistributedDataParallel(model)
     return train(parallel, adapter, optimizer, mine, lambda now: setattr(parallel, "require_backward_grad_sync", now))
+
+
+def sharded_whole(optimizer_first):
+    """`fully_shard` of everything, before or after the optimiser is made."""
+    model, adapter, optimizer = adapted("vblora")
+    shard(model)
+    if not optimizer_first:
+        vblora.AdamW(model.parameters())
+    train(model, adapter, optimizer, slice(None))
+
+
+REFUSED = {
+    "all sharded, then groups": (
+        lambda rank: [shard(model := adapted("vblora")[0]), vblora.param_groups(model, 1e-2, 1e-2, 1e-2)],
+        "divided over processes (DTensor)",
+    ),
+    "all sharded, then AdamW": (lambda rank: sharded_whole(False), "ignored_params"),
+    "AdamW, then all sharded": (lambda rank: sharded_whole(True), "ignored_params"),
+    "other seeds": (lambda rank: train_sharded("vblora", slice(None), seed=1 + rank), "init_seed is 1 on rank 0 and 2"),
+    "other settings": (
+        lambda rank: sharding.require_equal(adapted("vblora", num_vectors=120 + rank)[1]),
+        "num_vectors is 120 on rank 0 and 121 on rank 1",
+    ),
+    "other values": (lambda rank: sharding.require_equal(changed(rank)), "the digest of the values"),
+}
+
+
+def changed(rank):
+    adapter = adapted("vblora")[1]
+    with torch.no_grad():
+        adapter.vector_bank[0, 0] += rank
+    return adapter
+
+
+def refused(name, rank):
+    try:
+        REFUSED[name][0](rank)
+    except ValueError as error:
+        return str(error)
+    return "taken"
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="gloo is not there")
@@ -100,7 +150,46 @@ def test_two_processes_train_what_one_does_with_all_rows(tmp_path):
         states = [torch.load(file, weights_only=True) for file in files]
         for name, value in expected.items():
             assert torch.equal(states[0][name], states[1][name]), (method, kind, name)
-            torch.testing.assert_close(states[0][name], value, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(states[0][name], value, rtol=1e-9, atol=1e-9)
+    for rank in range(WORLD):
+        said = json.loads((tmp_path / f"refused_{rank}.json").read_text())
+        assert {name: text for name, text in said.items() if REFUSED[name][1] not in text} == {}
+
+
+def flat(optimizer):
+    """What DeepSpeed's ZeRO-1 and 2 do to an optimiser: one flat tensor stands for a group's parameters."""
+    for group in optimizer.param_groups:
+        whole = torch.cat([p.detach().reshape(-1) for p in group["params"]])
+        group["params"] = [torch.nn.Parameter(whole)]
+        group["params"][0].grad = torch.zeros_like(whole)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_optimiser_whose_logits_have_gone_refuses_its_step(copied):
+    model, _, optimizer = adapted("vblora")
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+        train(model, model.vblora_adapter, optimizer, slice(None))
+    before = [p.detach().clone() for p in model.parameters()]
+    flat(optimizer)
+    with pytest.raises(ValueError, match="DeepSpeed's ZeRO"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_whole_parameter_in_the_place_of_the_logits_is_found():
+    model, adapter, _ = adapted("vblora")
+    adapter.topk_logits = torch.nn.Parameter(adapter.topk_logits.detach().clone())
+    before = adapter.topk_indices.clone()
+    train(model, adapter, vblora.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1), slice(None))
+    assert not torch.equal(adapter.topk_indices, before)
+
+
+def test_frozen_logits_need_no_optimiser():
+    model, adapter, optimizer = adapted("vblora")
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["name"] != "logits"]
+    adapter.topk_logits.requires_grad_(False)
+    train(model, adapter, optimizer, slice(None))
 
 
 def accelerator(kind, version=2, stage=2):

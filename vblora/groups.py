@@ -9,6 +9,8 @@ from torch import nn
 
 from vblora.adapter import Adapter
 from vblora.methods.through_peft import peft_parameter_names
+from vblora.methods.vb_lora import VBLoRA
+from vblora.whole import require_whole
 
 
 def param_groups(
@@ -35,8 +37,8 @@ def param_groups(
         weight_decay: AdamW's, for "adapter" and "weights".
 
     Raises:
-        ValueError: nothing is trainable, a layer was replaced, a rate is missing, or one is given for parameters
-            that there are none of.
+        ValueError: nothing is trainable, a layer was replaced, logits are not whole (`vblora.whole`), a rate is
+            missing, or one is given for parameters that there are none of.
     """
     members = _members(model)
     rates = {
@@ -88,6 +90,8 @@ def _adapter_groups(model: nn.Module) -> dict[str, str]:
     for prefix, module in model.named_modules():
         if isinstance(module, Adapter):
             module.require_layers()
+            if isinstance(module, VBLoRA):
+                require_whole(module)
             own = module.named_parameters()
             groups |= {f"{prefix}.{name}": module.groups.get(name, _group_of(p)) for name, p in own}
     return groups

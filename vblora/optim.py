@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from vblora.logits import LogitTable, owner_of
 from vblora.methods.vb_lora import VBLoRA
+from vblora.whole import adapters_in, require_present
 
 
 class AdamW(torch.optim.AdamW):
@@ -40,23 +42,41 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         foreach: bool | None = None,
     ) -> None:
+        self._adapters: list[weakref.ref[VBLoRA]] | None = []
         super().__init__(params, lr, betas, eps, weight_decay, foreach=foreach)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                adapter = owner_of(parameter)
-                if adapter is None:
-                    continue
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim.AdamW.
+
+        Raises:
+            ValueError: logits without their table or not whole, or a setting that they have no use for.
+        """
+        super().add_param_group(param_group)
+        for reference in (found := adapters_in(param_group["params"])):
+            if (adapter := reference()) is not None:
                 adapter.logit_table()
-                if group.get("maximize") or group.get("amsgrad"):
-                    raise ValueError("maximize and amsgrad are not offered for VB-LoRA's logits")
+            if param_group.get("maximize") or param_group.get("amsgrad"):
+                raise ValueError("maximize and amsgrad are not offered for VB-LoRA's logits")
+        self._adapters = [*(self._adapters or []), *found]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_adapters", None)  # a copy finds them at its first step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of everything that has a gradient, then a new selection."""
+        """One update of everything that has a gradient, then a new selection.
+
+        Raises:
+            ValueError: logits that were given have gone (`vblora.whole`).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._adapters is None:
+            self._adapters = adapters_in(p for group in self.param_groups for p in group["params"])
+        require_present(self._adapters, self.param_groups)
         selected = []
         for group in self.param_groups:
             for parameter in group["params"]:
