@@ -252,8 +252,6 @@ class Adapter(ForwardPath):
             ValueError: already merged, or a weight is quantised, offloaded or shared with another module. Nothing
                 has been merged then.
         """
-        from vblora.merging import check_mergeable
-
         if self.merged:
             raise ValueError("the adapter is merged already")
         self.require_layers()

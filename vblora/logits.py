@@ -16,13 +16,11 @@ widened. Where most entries have been selected, or no seed is known, it holds al
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from vblora.bank import select
 from vblora.config import VBLoRAConfig
@@ -304,26 +302,3 @@ class LogitTable(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_noted": None}
-
-
-# Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
-# reached it (groups, model.parameters(), a copy of the model).
-_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_adapters: weakref.WeakSet = weakref.WeakSet()  # all that own some, also after others were put in their place
-
-
-def register_owner(selected: nn.Parameter, adapter: Any) -> None:
-    """Note that `selected` holds the selected logits of `adapter`."""
-    _owners[selected] = weakref.ref(adapter)
-    _adapters.add(adapter)
-
-
-def owner_of(parameter: Tensor) -> Any:
-    """The adapter whose selected logits `parameter` holds, if any."""
-    reference = _owners.get(parameter)
-    return reference() if reference is not None else None
-
-
-def owners() -> list[Any]:
-    """All adapters that have selected logits."""
-    return list(_adapters)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vblora.logits import LogitTable, owner_of
+from vblora.logits import LogitTable
+from vblora.methods.selected import owner_of
 from vblora.methods.vb_lora import VBLoRA
 from vblora.whole import adapters_in, require_present
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vblora.logits import owner_of, owners, register_owner
+from vblora.methods.selected import owner_of, owners, register_owner
 from vblora.methods.vb_lora import VBLoRA
 
 WAY_OUT = (

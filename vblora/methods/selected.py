@@ -1,4 +1,4 @@
-"""The k selected logits in training: watched for what others write to them, and in step over an adapter's copies.
+"""The k selected logits in training: whose they are, what others write to them, and an adapter's copies.
 
 `adapter` is a `vblora.methods.vb_lora.VBLoRA` throughout.
 """
@@ -10,7 +10,30 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Which adapter a parameter of selected logits belongs to, so that the optimiser finds it however the parameter
+# reached it (groups, model.parameters(), a copy of the model).
+_owners: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_adapters: weakref.WeakSet = weakref.WeakSet()  # all that own some, also after others were put in their place
+
+
+def register_owner(selected: nn.Parameter, adapter: Any) -> None:
+    """Note that `selected` holds the selected logits of `adapter`."""
+    _owners[selected] = weakref.ref(adapter)
+    _adapters.add(adapter)
+
+
+def owner_of(parameter: Tensor) -> Any:
+    """The adapter whose selected logits `parameter` holds, if any."""
+    reference = _owners.get(parameter)
+    return reference() if reference is not None else None
+
+
+def owners() -> list[Any]:
+    """All adapters that have selected logits."""
+    return list(_adapters)
 
 
 class Copies(weakref.WeakSet):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vblora.adapter import Adapter
 from vblora.bank import Factors
 from vblora.config import TensorSpec
-from vblora.counts import count_tied_lora
 from vblora.methods.scaled import ScaledConfig
 from vblora.shapes import Count, LayerShape
 
@@ -45,6 +44,8 @@ class TiedLoRAConfig(ScaledConfig):
         return pairs
 
     def count(self, shapes: Sequence[LayerShape]) -> Count:
+        from vblora.counts import count_tied_lora
+
         return count_tied_lora(shapes, r=self.r)
 
 
@@ -61,7 +62,7 @@ class TiedLoRA(Adapter, config=TiedLoRAConfig):
 
     def __init__(self, config: TiedLoRAConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
         super().__init__(config, targets, seed)
-        count_tied_lora(self.shapes, r=config.r)  # refuses layers of one kind with different shapes
+        config.count(self.shapes)  # refuses layers of one kind with different shapes
         for name, tensor_spec in config.spec(self.shapes, "full").items():
             fill = torch.zeros if name.startswith("factor") else torch.ones
             self.register_parameter(name, nn.Parameter(fill(tensor_spec.shape)))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vblora.adapter import Adapter
 from vblora.bank import Factors, Layout, compose, selected_logits, topk_tensors
 from vblora.config import VBLoRAConfig
-from vblora.logits import LogitTable, draw, register_owner
+from vblora.logits import LogitTable, draw
 from vblora.low_rank import is_traced
-from vblora.methods.selected import Copies, check_written, widen_copies
+from vblora.methods.selected import Copies, check_written, register_owner, widen_copies
 
 
 class VBLoRA(Adapter, config=VBLoRAConfig):
