@@ -26,7 +26,7 @@ from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, load_tokenizer
-from vblora_experiments import commands, records
+from vblora_experiments import commands, runs
 from vblora_experiments.progress import Progress
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> Path:
     settings = {**decoding.to_dict(), "merge": options.merge, "data": fingerprint(examples), "texts": len(groups)}
     target, note = options.run / f"{options.split}.txt", options.run / f"{options.split}.decoding.json"
     if target.exists() and note.exists():
-        if changed := records.differences(read_json(note), settings):
+        if changed := runs.in_words(read_json(note), settings):
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target

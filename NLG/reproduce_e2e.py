@@ -24,8 +24,9 @@ from e2e_data import SETS
 from e2e_rows import METHODS, ROWS, row
 from vblora.io import replacing
 from vblora.models import RECORD_FILE
-from vblora_experiments import campaign, commands, tables
+from vblora_experiments import campaign, commands, runs, tables
 from vblora_experiments.rows import check_names
+from vblora_experiments.runs import real_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"medium": "gpt2_medium", "large": "gpt2_large", "smollm2": "smollm2_135m"}
@@ -38,7 +39,7 @@ SHOWN = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 
 
 
 @dataclass(frozen=True)
-class Trial(campaign.Trial):
+class Trial(runs.Trial):
     """A row MODEL/METHOD for one seed."""
 
     def row_flags(self) -> dict[str, Any]:
@@ -66,7 +67,7 @@ class E2E(campaign.RowCampaign):
     def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Trial]:
         check_names("method", options.methods, list(METHODS))
         return [
-            Trial(f"{SIZES[size]}/{method}", seed=seed, extra=campaign.real_flags(extra))
+            Trial(f"{SIZES[size]}/{method}", seed=seed, extra=real_flags(extra))
             for seed in options.seeds
             for size in options.sizes
             for method in options.methods

@@ -27,7 +27,8 @@ from e2e_rows import row
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora_experiments import commands, plans, records
+from vblora_experiments import commands, runs
+from vblora_experiments.arguments import with_row
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -38,21 +39,21 @@ def main(arguments: list[str]) -> dict[str, Any]:
     trained = train.main([*rest, "--output_dir", str(out)])
     if not trained:  # another process of this run writes
         return {}
-    record = records.finished(out, "decoding", decoding.to_dict())
+    record = runs.finished(out, "decoding", decoding.to_dict())
     if record is None:
         seconds = decode_test(out, text, own, decoding)
         record = make_record(out, text, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": own.row, "overrides": plans.overrides(arguments)}
+        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
     if any(value is None for value in record["scores"].values()):
         record["scores"] = e2e_scores.score(*outputs_and_references(out, text))
-    records.finish(out, record)
+    runs.finish(out, record)
     print(summary(record))
     return record
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding, list[str]]:
     """This script's own flags, those of the search, and train.py's."""
-    arguments = plans.with_row(arguments, row)
+    arguments = with_row(arguments, row)
     parser = commands.one_line_errors(HfArgumentParser(Decoding, prog="run_e2e.py", allow_abbrev=False, add_help=False))  # type: ignore[arg-type]
     parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of e2e_rows.py")
     parser.add_argument("--decode_batch_size", type=int, default=16)

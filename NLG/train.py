@@ -30,13 +30,13 @@ from causal_text import encode
 from e2e_data import SETS, Example, Group, fingerprint, group, load_split
 from e2e_rows import COMMON
 from vblora.adapter import Adapter
-from vblora.io import folder_fingerprint, read_json, write_json
+from vblora.io import read_json, write_json
 from vblora.models import TRAINING_FILE, load_model, load_tokenizer, model_name, torch_dtype
 from vblora.sampling import spaced
-from vblora.switch import OWN_METHODS, Adapted, apply_method, read_config_file
+from vblora.switch import OWN_METHODS, Adapted, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, plans, records
-from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments import commands, records, runs
+from vblora_experiments.arguments import MethodArguments, split
 from vblora_experiments.causal import EncodedRows, Padded
 
 DEFAULTS: dict[str, Any] = {
@@ -89,8 +89,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     validation = load_split(text.dataset, "validation", text.data_dir)
     watched = spaced(group(validation), text.quick_samples)
     validation = spaced(validation, text.max_eval_samples)
-    plan = make_plan(text, method, training, [*train, *validation])
-    if records.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
+    plan = runs.make_plan(text, method, training, fingerprint([*train, *validation]))
+    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
         fit(text, method, training, train, validation, watched, plan)
     result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
     if result:
@@ -106,7 +106,7 @@ def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, Trainin
     kinds: Any = (TextArguments, MethodArguments, TrainingArguments)
     parser = commands.one_line_errors(HfArgumentParser(kinds))
     parser.set_defaults(**DEFAULTS)
-    arguments = plans.split(arguments)
+    arguments = split(arguments)
     known = parser.parse_args(arguments)
     if known.output_dir is None:
         model = model_name(known.model_name_or_path)
@@ -136,22 +136,6 @@ def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example
     return [examples[number] for number in sorted(random.Random(seed).sample(range(len(examples)), count))]
 
 
-def make_plan(
-    text: TextArguments, method: MethodArguments, training: TrainingArguments, examples: list[Example]
-) -> dict[str, Any]:
-    """All that decides the result of a run; two runs of one plan are the same run."""
-    plan = {**given(text), **given(method), **plans.chosen(training), "data_fingerprint": fingerprint(examples)}
-    plan.pop("data_dir", None)
-    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
-    if Path(text.model_name_or_path).is_dir():
-        plan["model_fingerprint"] = folder_fingerprint(Path(text.model_name_or_path))
-    if method.method.endswith(".json"):
-        plan["method"] = Path(method.method).name
-        plan["method_file"] = read_config_file(method.method)
-    plan["model_name_or_path"] = model_name(text.model_name_or_path)
-    return plan
-
-
 def fit(
     text: TextArguments,
     method: MethodArguments,
@@ -177,7 +161,7 @@ def fit(
     if watched:
         trainer.add_callback(quick_validation.QuickValidation(adapted.model, tokenizer, watched))
     out = Path(str(training.output_dir))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
     if trainer.is_world_process_zero():
         adapted.adapter.save(str(out / "last"))
         write_json(out / TRAINING_FILE, _result(plan, adapted, trainer, len(train)))

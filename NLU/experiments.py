@@ -8,13 +8,13 @@ from typing import Any
 
 import paper
 from hyperparameters import row as flags_of
-from vblora_experiments import campaign
+from vblora_experiments import runs
 
 MNLI_STARTED = ("mrpc", "rte", "stsb")  # the tasks that LoRA and LoRA-XS start from an MNLI-tuned adapter
 
 
 @dataclass(frozen=True)
-class Trial(campaign.Trial):
+class Trial(runs.Trial):
     """One cell of a table: a row MODEL/TASK/METHOD, under some changes, for one seed.
 
     Attributes:
@@ -35,11 +35,10 @@ class Trial(campaign.Trial):
     def marks(self) -> list[str]:
         return [self.variant, "from_mnli" if self.from_mnli else ""]
 
-    def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's; what it starts from counts too."""
-        settings = record["settings"]
-        starts = ("start_from" in settings, "bank_from" in settings)
-        return super().is_of(record) and starts == (self.from_mnli, bool(self.bank_of))
+    @property
+    def starts(self) -> set[str]:
+        begins = {"start_from": self.from_mnli, "bank_from": bool(self.bank_of)}
+        return {name for name, does in begins.items() if does}
 
     def start(self) -> Trial | None:
         """The run that must be there before this one."""

@@ -30,6 +30,7 @@ from vblora.io import read_json, replacing
 from vblora.models import RECORD_FILE
 from vblora_experiments import campaign, commands, records, schedule
 from vblora_experiments.rows import check_names
+from vblora_experiments.runs import real_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"base": "roberta_base", "large": "roberta_large", "minilm": "minilm"}
@@ -75,7 +76,7 @@ class Glue(campaign.Campaign):
             study = ABLATIONS[name]
             models, tasks = models or [study.model], options.tasks or [study.task]
             trials = ablation(name, models, tasks, options.variants, options.seeds)
-        return [dataclasses.replace(trial, extra=campaign.real_flags(extra)) for trial in trials]
+        return [dataclasses.replace(trial, extra=real_flags(extra)) for trial in trials]
 
     def starts(self, trials: Sequence[Trial], options: argparse.Namespace) -> tuple[list[Trial], list[Trial]]:
         found = [start for trial in trials if (start := trial.start()) is not None]

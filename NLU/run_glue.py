@@ -37,15 +37,14 @@ from hyperparameters import TARGETS, row
 from vblora.adapter import Adapter
 from vblora.files.reading import read_bank
 from vblora.hub import from_hub
-from vblora.io import folder_fingerprint
 from vblora.methods import SelectionVBLoRA, VBLoRA
 from vblora.methods.given_bank import use_bank
 from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
-from vblora.switch import Adapted, AnyAdapter, apply_method, read_config_file
+from vblora.switch import Adapted, AnyAdapter, apply_method
 from vblora.trainer import AdapterTrainer, KeepBest
-from vblora_experiments import commands, plans, records
-from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments import commands, records, runs
+from vblora_experiments.arguments import MethodArguments, with_row
 from vblora_experiments.selection_log import SelectionLog
 
 # What a run does unless told otherwise: one evaluation and one checkpoint per epoch.
@@ -105,7 +104,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     out = Path(str(training.output_dir))
     data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
     plan = make_plan(glue, method, training, data)
-    if done := records.begin(out, plan):
+    if done := runs.begin(out, plan):
         print(f"{out} is finished already: {_summary(done)}")
         return done
 
@@ -114,19 +113,19 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if glue.start_from is not None:
         adapted.adapter.start_from(glue.start_from)
     trainer = make_trainer(glue, method, training, data, adapted, tokenizer, out)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
     if not trainer.is_world_process_zero():
         return {}
     adapted.adapter.save(str(out / "last"), form=glue.form)
-    record = make_record(plan, task, data, trainer, out) | {"row": glue.row, "overrides": plans.overrides(arguments)}
-    records.finish(out, record)
+    record = make_record(plan, task, data, trainer, out) | {"row": glue.row, "overrides": runs.overrides(arguments)}
+    runs.finish(out, record)
     print(_summary(record))
     return record
 
 
 def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
     """The arguments, after the row they name and this script's defaults."""
-    arguments = plans.with_row(arguments, row)
+    arguments = with_row(arguments, row)
     kinds: Any = (GlueArguments, MethodArguments, TrainingArguments)
     parser = commands.one_line_errors(HfArgumentParser(kinds))
     parser.set_defaults(**DEFAULTS)
@@ -167,22 +166,10 @@ def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArgum
 def make_plan(
     glue: GlueArguments, method: MethodArguments, training: TrainingArguments, data: TaskData
 ) -> dict[str, Any]:
-    """All that decides the result of a run; two runs of one plan are the same run."""
-    plan = {**given(glue), **given(method), **plans.chosen(training), "data_fingerprint": data.fingerprint}
-    plan.pop("data_dir", None)
-    if glue.start_from is not None:
-        plan["start_from"] = folder_fingerprint(Path(glue.start_from))
-    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
-    if glue.bank_from is not None:
-        plan["bank_from"] = folder_fingerprint(Path(glue.bank_from))
-    folder = Path(find_model(glue.model_name_or_path))
-    if folder.is_dir():
-        plan["model_fingerprint"] = folder_fingerprint(folder)
-    if method.method.endswith(".json"):
-        plan["method"] = Path(method.method).name
-        plan["method_file"] = read_config_file(method.method)
-        plan["targets"] = "as in the file" if "target_modules" in plan["method_file"] else glue.targets
-    plan["model_name_or_path"] = model_name(glue.model_name_or_path)
+    """All that decides the result of a run."""
+    plan = runs.make_plan(glue, method, training, data.fingerprint, find_model(glue.model_name_or_path))
+    if "target_modules" in plan.get("method_file", {}):
+        plan["targets"] = "as in the file"
     return plan
 
 

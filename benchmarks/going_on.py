@@ -32,7 +32,7 @@ from glue_tasks import compute_metrics, get_task  # noqa: E402
 from vblora.files.convert import pack_directory  # noqa: E402
 from vblora.io import read_json, write_json  # noqa: E402
 from vblora.models import PLAN_FILE, RECORD_FILE  # noqa: E402
-from vblora_experiments import commands, records  # noqa: E402
+from vblora_experiments import commands, records, runs  # noqa: E402
 
 PACKED: dict[str, dict[str, Any]] = {
     "packed, lossless": {},
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         sources = {"top-k form": options.run / "best"}
-        checkpoint = records.last_checkpoint(options.run)
+        checkpoint = runs.last_checkpoint(options.run)
         if checkpoint is not None and record["scores"]["best"]["epoch"] == record["scores"]["last"]["epoch"]:
             sources = {"all logits": Path(checkpoint), **sources}
         for number, (name, settings) in enumerate(PACKED.items()):

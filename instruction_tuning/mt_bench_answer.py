@@ -31,7 +31,7 @@ from vblora import models
 from vblora.io import read_json, write_json
 from vblora.models import Tuned
 from vblora.sampling import spaced
-from vblora_experiments import commands, progress, records
+from vblora_experiments import commands, progress, runs
 from vblora_experiments.instruction_data import FORMS, WITHOUT_INPUT
 
 TEMPLATES = ("auto", "chat", "alpaca")
@@ -118,7 +118,7 @@ def begin(target: Path, settings: dict[str, Any]) -> dict[int, Answer]:
     note, partial = target.with_suffix(".settings.json"), partial_file(target)
     other = "give another --model_id or --output, or remove it"
     if note.exists():
-        if changed := records.differences(read_json(note), settings):
+        if changed := runs.in_words(read_json(note), settings):
             raise ValueError(f"{target} belongs to answers with other settings ({changed}): {other}")
     elif target.exists():
         raise ValueError(f"{target} was not written by this command, so it cannot be added to: {other}")

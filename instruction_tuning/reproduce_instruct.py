@@ -24,8 +24,9 @@ import instruct_paper
 from instruct_rows import METHODS, MODELS, ROWS, row
 from vblora.io import replacing
 from vblora.models import RECORD_FILE
-from vblora_experiments import campaign, commands, tables
+from vblora_experiments import campaign, commands, runs, tables
 from vblora_experiments.rows import check_names
+from vblora_experiments.runs import real_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("llama2_7b", "llama2_13b")
@@ -35,17 +36,11 @@ MODEL_TITLES = {"llama2_7b": "Llama2-7B", "llama2_13b": "Llama2-13B", "smollm2_1
 
 
 @dataclass(frozen=True)
-class Trial(campaign.Trial):
-    """A row MODEL/METHOD for one seed, judged by somebody or not yet ("")."""
-
-    judge: str = ""
+class Trial(runs.Trial):
+    """A row MODEL/METHOD for one seed, judged by somebody or not yet."""
 
     def row_flags(self) -> dict[str, Any]:
         return row(self.row)
-
-    def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's, with the judge's scores if one is asked for."""
-        return super().is_of(record) and (not self.judge or self.judge in record["scores"])
 
 
 class Instructions(campaign.RowCampaign):
@@ -72,8 +67,9 @@ class Instructions(campaign.RowCampaign):
 
     def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Trial]:
         check_names("method", options.methods, list(METHODS))
+        judges = (options.judge,) if options.judge else ()
         return [
-            Trial(f"{model}/{method}", seed=seed, extra=campaign.real_flags(extra), judge=options.judge)
+            Trial(f"{model}/{method}", seed=seed, extra=real_flags(extra), scores=judges)
             for seed in options.seeds
             for model in options.models
             for method in options.methods

@@ -23,7 +23,8 @@ import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
 from instruct_rows import row
-from vblora_experiments import commands, instruct, plans, records
+from vblora_experiments import commands, instruct, runs
+from vblora_experiments.arguments import with_row
 from vblora_experiments.instruct import Run
 
 
@@ -42,21 +43,21 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if not trained:  # another process of this run writes
         return {}
     testing = {"max_questions": own.max_questions, "max_new_tokens": own.max_new_tokens}
-    record = records.finished(out, "testing", testing)
+    record = runs.finished(out, "testing", testing)
     if record is None:
         record = make_record(out, trained, testing, answer(out, run, own))
-        record |= {"row": own.row, "overrides": plans.overrides(arguments)}
-        records.finish(out, record)
+        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+        runs.finish(out, record)
     if own.judge is not None and own.judge not in record["scores"]:
         record["scores"][own.judge] = judge(out, own, bench)
-    records.finish(out, record)
+    runs.finish(out, record)
     print(summary(record))
     return record
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's own flags, and finetune.py's."""
-    arguments = plans.with_row(arguments, row)
+    arguments = with_row(arguments, row)
     parser = commands.one_line_errors(
         argparse.ArgumentParser(
             prog="run_instruct.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -25,8 +25,9 @@ import math_paper
 from math_rows import METHODS, MODELS, ROWS, row
 from vblora.io import replacing
 from vblora.models import RECORD_FILE
-from vblora_experiments import campaign, commands, tables
+from vblora_experiments import campaign, commands, runs, tables
 from vblora_experiments.rows import check_names
+from vblora_experiments.runs import real_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("mistral_7b", "gemma_7b")
@@ -37,17 +38,11 @@ RULES = ("authors", "corrected")
 
 
 @dataclass(frozen=True)
-class Trial(campaign.Trial):
-    """A row MODEL/METHOD for one seed, scored on these sets."""
-
-    sets: tuple[str, ...] = math_paper.SETS
+class Trial(runs.Trial):
+    """A row MODEL/METHOD for one seed, scored on some sets."""
 
     def row_flags(self) -> dict[str, Any]:
         return row(self.row)
-
-    def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's, with the scores of its sets."""
-        return super().is_of(record) and set(self.sets) <= record["scores"].keys()
 
 
 class Mathematics(campaign.RowCampaign):
@@ -76,7 +71,7 @@ class Mathematics(campaign.RowCampaign):
         check_names("method", options.methods, list(METHODS))
         sets = tuple(name for name in math_paper.SETS if getattr(options, name) != "none")
         return [
-            Trial(f"{model}/{method}", seed=seed, extra=campaign.real_flags(extra), sets=sets)
+            Trial(f"{model}/{method}", seed=seed, extra=real_flags(extra), scores=sets)
             for seed in options.seeds
             for model in options.models
             for method in options.methods

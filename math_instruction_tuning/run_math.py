@@ -23,7 +23,8 @@ import math_scores
 import solve
 from math_rows import row
 from vblora.sampling import spaced
-from vblora_experiments import commands, instruct, plans, records
+from vblora_experiments import commands, instruct, runs
+from vblora_experiments.arguments import with_row
 from vblora_experiments.instruct import Run
 
 SETS = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math"}
@@ -42,16 +43,16 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if not trained:  # another process of this run writes
         return {}
     testing = {"test_samples": own.test_samples, "max_new_tokens": own.max_new_tokens, "engine": own.engine}
-    record = records.finished(out, "testing", testing)
+    record = runs.finished(out, "testing", testing)
     if record is None:
         record = make_record(out, trained, testing)
-        record |= {"row": own.row, "overrides": plans.overrides(arguments)}
+        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
     for name in SETS:
         if getattr(own, name) == NONE:
             continue
         if name not in record["scores"]:
             record["scores"][name] = test(name, out, run, own)
-            records.finish(out, record)
+            runs.finish(out, record)
         elif record["scores"][name]["fingerprint"] != solve.fingerprint(problems_of(name, own)):
             raise ValueError(f"{out} holds scores of other problems than --{name}: give another --output_dir")
     print(summary(record))
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """This script's own flags, and finetune_math.py's."""
-    arguments = plans.with_row(arguments, row)
+    arguments = with_row(arguments, row)
     parser = commands.one_line_errors(
         argparse.ArgumentParser(
             prog="run_math.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

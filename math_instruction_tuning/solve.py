@@ -37,7 +37,7 @@ from vblora.files.directory import CONFIG_FILE
 from vblora.io import read_json, replacing, write_json
 from vblora.models import Tuned, write_exported, write_merged
 from vblora.sampling import spaced
-from vblora_experiments import commands, records
+from vblora_experiments import commands, runs
 from vblora_experiments.instruction_data import WITHOUT_INPUT
 from vblora_experiments.progress import Progress
 
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> Path:
     settings["problems"] = fingerprint(problems)
     note = target.with_suffix(".settings.json")
     if target.exists() and note.exists():
-        if changed := records.differences(read_json(note), settings):
+        if changed := runs.in_words(read_json(note), settings):
             raise ValueError(f"{target} has answers of other settings ({changed}): remove it, or give another --output")
         print(f"{target} is there already")
         return target

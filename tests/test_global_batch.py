@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 import vblora
 from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer, KeepBest
-from vblora_experiments import plans
+from vblora_experiments import runs
 from vblora_experiments.causal import Encoded, EncodedRows, Padded
 from vblora_experiments.secrets import is_secret, masked, without_secrets
 
@@ -186,9 +186,9 @@ def test_what_is_none(name):
 
 def test_a_secret_stands_in_no_plan_no_name_and_no_message(tmp_path):
     arguments = TrainingArguments(str(tmp_path), hub_token="hf_abcdefg", report_to="none", use_cpu=True)
-    assert "hf_abcdefg" not in json.dumps(plans.chosen(arguments))
+    assert "hf_abcdefg" not in json.dumps(runs.training_settings(arguments))
     flags = ["--hub_token=hf_abcdefg", "--rank", "4"]
-    assert plans.overrides(flags) == {"rank": "4"}
+    assert runs.overrides(flags) == {"rank": "4"}
     assert masked("no flag --hub_token=hf_abcdefg", flags) == "no flag --hub_token=***"
     adapted = apply_method(build("bert"), "vblora", SETTINGS)
     AdapterTrainer(adapted, RATES, arguments).save_model(str(tmp_path / "kept"))

@@ -1,20 +1,23 @@
-"""Run folders: one process at a time, and the time of a run that was interrupted within an epoch."""
+"""The identity of a run, its folder, and the time of a run that was interrupted within an epoch."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vblora.trainer import TrainingClock
-from vblora_experiments import records
+from vblora_experiments import records, runs
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from vblora_experiments import records
-records.begin(Path(sys.argv[1]), {"seed": 0})
+from vblora_experiments import runs
+runs.begin(Path(sys.argv[1]), {"seed": 0})
 print("held", flush=True)
 time.sleep(60)
 """
@@ -25,12 +28,12 @@ def test_a_folder_that_another_process_trains_into_is_refused(tmp_path):
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="another process trains into"):
-            records.begin(tmp_path / "run", {"seed": 0})
+            runs.begin(tmp_path / "run", {"seed": 0})
     finally:
         process.kill()
         process.wait()
-    assert records.begin(tmp_path / "run", {"seed": 0}) is None  # its end, however it came, frees the folder
-    assert records.begin(tmp_path / "run", {"seed": 0}) is None  # and the same process may begin again
+    assert runs.begin(tmp_path / "run", {"seed": 0}) is None  # its end, however it came, frees the folder
+    assert runs.begin(tmp_path / "run", {"seed": 0}) is None  # and the same process may begin again
 
 
 def test_the_clock_counts_what_came_before_a_checkpoint_within_an_epoch(monkeypatch):
@@ -49,3 +52,54 @@ def test_the_clock_counts_what_came_before_a_checkpoint_within_an_epoch(monkeypa
     now[0] += 5
     resumed.on_epoch_end(None, None, None)
     assert resumed.seconds == 12
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "differ"),
+    [
+        ({"topk": 2, "bf16": True}, {"topk": "2", "bf16": "true"}, []),  # flags are text
+        ({"learning_rate": 1e-3}, {"learning_rate": "0.001"}, []),
+        ({"learning_rate": 1e-3}, {"learning_rate": "fast"}, ["learning_rate"]),
+        ({"targets": "QV"}, {"targets": "qv"}, ["targets"]),
+        ({"data": "12"}, {"data": "12.0"}, ["data"]),  # two fingerprints
+        ({"rank": None}, {}, []),
+        ({"row": "a/b", "output_dir": "here"}, {"output_dir": "there"}, []),
+        ({"model_name_or_path": "roberta-base"}, {"model_name_or_path": "FacebookAI/roberta-base"}, []),
+        ({"bf16": True, "topk": 1}, {"topk": 1}, ["bf16"]),
+    ],
+)
+def test_two_runs_differ_in_what_decides_their_result(before, now, differ):
+    assert runs.differences(before, now) == runs.differences(now, before) == differ
+
+
+@dataclass(frozen=True)
+class Trial(runs.Trial):
+    flags: dict[str, Any] = field(default_factory=lambda: {"model_name_or_path": "hub/m", "topk": 2, "bf16": True})
+
+    def row_flags(self) -> dict[str, Any]:
+        return self.flags
+
+
+def test_a_record_is_a_trials_by_row_seed_flags_start_and_scores():
+    settings = {"model_name_or_path": "m", "topk": 2, "bf16": True, "rank": 4}
+    record = {"row": "m/lora", "seed": 1, "overrides": {"rank": "4"}, "settings": settings, "scores": {"gpt-4": 7}}
+    trial = Trial("m/lora", changes={"rank": "4"}, seed=1)
+    assert trial.is_of(record) and replace(trial, scores=("gpt-4",)).is_of(record)
+    for other in (
+        replace(trial, row="m/vera"),
+        replace(trial, seed=2),
+        replace(trial, changes={"rank": "8"}),
+        replace(trial, flags={**trial.flags, "topk": 3}),  # the row has changed since
+        replace(trial, scores=("gpt-5",)),
+    ):
+        assert not other.is_of(record)
+    begun = {**record, "settings": {**settings, "start_from": "ab12"}}
+    assert not trial.is_of(begun)
+
+
+def test_the_commit_is_this_checkouts():
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("no checkout")
+    assert (records.commit() or "").removesuffix("+") == done.stdout.strip()

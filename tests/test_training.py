@@ -11,7 +11,7 @@ from vblora.hub import from_hub
 from vblora.io import folder_fingerprint, read_json, write_json
 from vblora.switch import parse_settings
 from vblora.trainer import KeepBest
-from vblora_experiments import commands, records
+from vblora_experiments import commands, records, runs
 from vblora_experiments.arguments import MethodArguments
 
 LOG = [
@@ -35,39 +35,39 @@ def test_a_run_without_evaluation_is_refused_with_the_way_out():
 
 
 def test_begin_goes_on_refuses_and_returns_the_finished(tmp_path):
-    assert records.begin(tmp_path, {"seed": 0, "output_dir": "here"}) is None
-    assert records.begin(tmp_path, {"seed": 0, "output_dir": "elsewhere"}) is None  # goes on
+    assert runs.begin(tmp_path, {"seed": 0, "output_dir": "here"}) is None
+    assert runs.begin(tmp_path, {"seed": 0, "output_dir": "elsewhere"}) is None  # goes on
     (tmp_path / "best").mkdir()
     with pytest.raises(ValueError, match="seed: 0 before, 1 now"):
-        records.begin(tmp_path, {"seed": 1})
-    records.finish(tmp_path, {"score": 0.5})
-    assert records.begin(tmp_path, {"seed": 0}) == {"score": 0.5}
+        runs.begin(tmp_path, {"seed": 1})
+    runs.finish(tmp_path, {"score": 0.5})
+    assert runs.begin(tmp_path, {"seed": 0}) == {"score": 0.5}
 
 
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "topk", "rank", "data_fingerprint", "method"])
 def test_begin_refuses_whatever_changes_the_result(key, tmp_path):
-    records.begin(tmp_path, {key: 1})
+    runs.begin(tmp_path, {key: 1})
     (tmp_path / "best").mkdir()
     with pytest.raises(ValueError, match=f"{key}: 1 before, 2 now"):
-        records.begin(tmp_path, {key: 2})
+        runs.begin(tmp_path, {key: 2})
 
 
 def test_a_run_that_a_wrong_setting_stopped_does_not_block_the_right_one(tmp_path):
-    records.begin(tmp_path, {"method": "lroa"})
-    assert records.begin(tmp_path, {"method": "lora"}) is None
+    runs.begin(tmp_path, {"method": "lroa"})
+    assert runs.begin(tmp_path, {"method": "lora"}) is None
     (tmp_path / "last").mkdir()
     with pytest.raises(ValueError, match="method: lora before, vera now"):
-        records.begin(tmp_path, {"method": "vera"})
+        runs.begin(tmp_path, {"method": "vera"})
 
 
 def test_the_last_whole_checkpoint_is_found(tmp_path):
     for step in ("9", "10", "11", "12", "13-old"):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert records.last_checkpoint(tmp_path) is None
+    assert runs.last_checkpoint(tmp_path) is None
     for step in ("9", "10", "13-old"):  # 11 was interrupted before its last file was written
         write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": ')  # and 12 while it was
-    assert records.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_the_best_adapter_is_kept_and_not_a_later_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -112,3 +113,18 @@ def given(arguments: Any) -> dict[str, Any]:
     """The fields of a dataclass that are set to something; `recipe` only if it is on, as older records lack it."""
     values = {f.name: getattr(arguments, f.name) for f in fields(arguments)}
     return {name: value for name, value in values.items() if value is not None and (name != "recipe" or value)}
+
+
+def split(arguments: list[str]) -> list[str]:
+    """The arguments with "--flag=value" in two."""
+    return [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+
+
+def with_row(arguments: list[str], row: Callable[[str], Mapping[str, Any]]) -> list[str]:
+    """The flags of the row that --row names, if any, in front of all others, so that those override them."""
+    arguments = split(arguments)
+    if "--row" not in arguments:
+        return arguments
+    at = arguments.index("--row")
+    flags = row(arguments[at + 1] if at + 1 < len(arguments) else "")
+    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))] + arguments

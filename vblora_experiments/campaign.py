@@ -11,90 +11,17 @@ import signal
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from vblora.io import replacing, write_json
-from vblora_experiments import plans, records, schedule, tables
+from vblora_experiments import records, schedule, tables
+from vblora_experiments.arguments import split
 from vblora_experiments.rows import Rows
-from vblora_experiments.secrets import without_secrets
+from vblora_experiments.runs import Trial
 
 Found = tuple[Path, dict[str, Any]]  # a record, and its file
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of a table: a row of the hyper-parameters, under some changes, for one seed.
-
-    Attributes:
-        row: its name, parts with "/" between, the model first and the method last.
-        variant: the name of the changes; "" for the row as it is.
-        changes: the changes, as flags of the run.
-        seed: of the run.
-        extra: flags that go to every run of a table.
-    """
-
-    row: str
-    variant: str = ""
-    changes: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
-    extra: Mapping[str, str] = field(default_factory=dict)
-
-    def row_flags(self) -> dict[str, Any]:
-        """The flags that the row stands for now."""
-        raise NotImplementedError
-
-    @property
-    def model(self) -> str:
-        return self.row.split("/")[0]
-
-    @property
-    def method(self) -> str:
-        return self.row.split("/")[-1]
-
-    @property
-    def name(self) -> str:
-        """Of the run's folder."""
-        parts = [*self.row.split("/"), *self.marks()]
-        parts += [f"{flag}_{value}".replace("/", "_") for flag, value in self.extra.items()]
-        return "_".join(part for part in [*parts, f"seed{self.seed}"] if part)
-
-    def marks(self) -> list[str]:
-        """What the name says besides row, flags and seed."""
-        return [self.variant]
-
-    @property
-    def overrides(self) -> dict[str, str]:
-        """All flags beside the row's."""
-        return {**self.extra, **self.changes}
-
-    def is_of(self, record: Mapping[str, Any]) -> bool:
-        """Whether a record is this trial's: of its row, flags and seed, and made with the numbers they have now."""
-        return (
-            record.get("row") == self.row
-            and record["overrides"] == self.overrides
-            and record["seed"] == self.seed
-            and not self.differences(record)
-        )
-
-    def differences(self, record: Mapping[str, Any]) -> list[str]:
-        """The flags whose values in the record are not those of the row and its changes."""
-        settings = record["settings"]
-        flags = {**self.row_flags(), **self.overrides}
-        # A record leaves out what is at its default.
-        known = settings if flags.keys() <= settings.keys() else {**plans.defaults(), **settings}
-        return [f for f, value in flags.items() if f in known and not _same(f, known[f], value)]
-
-
-def _same(flag: str, recorded: Any, value: Any) -> bool:
-    if flag == "model_name_or_path":  # a record has a local model's folder name
-        return str(recorded).rpartition("/")[2] == str(value).rpartition("/")[2]
-    try:
-        return float(recorded) == float(value)
-    except (TypeError, ValueError):
-        return str(recorded).lower() == str(value).lower()
 
 
 class Campaign(ABC):
@@ -360,18 +287,13 @@ def cut(arguments: list[str], own: frozenset[str]) -> tuple[list[str], dict[str,
     if "--" not in arguments:
         return arguments, {}
     at = arguments.index("--")
-    rest = plans.split(arguments[at + 1 :])
+    rest = split(arguments[at + 1 :])
     if len(rest) % 2 or not all(flag.startswith("--") for flag in rest[::2]):
         raise ValueError(f'after "--" come flags with one value each, such as --bf16 true, not {" ".join(rest)}')
     names = [flag.removeprefix("--").replace("-", "_") for flag in rest[::2]]
     if undone := [name for name in names if name in own]:
         raise ValueError(f'--{undone[0]} after "--" would undo the plan: use the options before it (--help)')
     return arguments[:at], dict(zip(names, rest[1::2], strict=True))
-
-
-def real_flags(extra: Mapping[str, str]) -> dict[str, str]:
-    """Of the flags that go to every run those that make another experiment of it."""
-    return without_secrets({flag: value for flag, value in extra.items() if flag not in records.NEUTRAL})
 
 
 def _interrupt(*_: Any) -> None:

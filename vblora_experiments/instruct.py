@@ -16,12 +16,12 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from vblora import models
 from vblora.adapter import Adapter
-from vblora.io import folder_fingerprint, read_json, write_json
+from vblora.io import read_json, write_json
 from vblora.models import TRAINING_FILE
-from vblora.switch import Adapted, apply_method, read_config_file
+from vblora.switch import Adapted, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import causal, commands, estimate, instruction_data, plans, records
-from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments import causal, commands, estimate, instruction_data, records, runs
+from vblora_experiments.arguments import MethodArguments, with_row
 from vblora_experiments.instruction_data import FORMS, Limits, Row
 
 # What a run does unless told otherwise.
@@ -135,8 +135,8 @@ def main(arguments: list[str], folder: Folder) -> dict[str, Any]:
     out = Path(str(training.output_dir))
     rows = instruction_data.load_rows(instruct.data, instruct.form, instruct.split)
     train, held_out = divide(rows, instruct, training)
-    plan = make_plan(run, [*train, *held_out])
-    if records.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
+    plan = runs.make_plan(instruct, run.method, training, instruction_data.fingerprint([*train, *held_out]))
+    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
         fit(run, train, held_out, plan)
     result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
     if result:
@@ -146,7 +146,7 @@ def main(arguments: list[str], folder: Folder) -> dict[str, Any]:
 
 def parse(arguments: list[str], folder: Folder) -> Run:
     """The arguments, after the row they name, the folder's defaults and this module's."""
-    arguments = plans.with_row(arguments, folder.row)
+    arguments = with_row(arguments, folder.row)
     kinds: Any = (InstructArguments, MethodArguments, TrainingArguments)
     parser = commands.one_line_errors(HfArgumentParser(kinds, prog=folder.name))
     defaults = {**DEFAULTS, **folder.defaults}
@@ -209,23 +209,6 @@ def divide(rows: list[Row], instruct: InstructArguments, training: TrainingArgum
     return [rows[number] for number in rest], [rows[number] for number in sorted(held)]
 
 
-def make_plan(run: Run, rows: list[Row]) -> dict[str, Any]:
-    """All that decides the result of a run; two runs of one plan are the same run."""
-    instruct, method = run.instruct, run.method
-    plan = {**given(instruct), **given(method), **plans.chosen(run.training)}
-    for flag in ("data", "row", "plan", "tflops", "device_map"):
-        plan.pop(flag, None)
-    plan["data_fingerprint"] = instruction_data.fingerprint(rows)
-    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in method.rates().items() if rate is not None}
-    if Path(instruct.model_name_or_path).is_dir():
-        plan["model_fingerprint"] = folder_fingerprint(Path(instruct.model_name_or_path))
-    if method.method.endswith(".json"):
-        plan["method"] = Path(method.method).name
-        plan["method_file"] = read_config_file(method.method)
-    plan["model_name_or_path"] = models.model_name(instruct.model_name_or_path)
-    return plan
-
-
 def fit(run: Run, train: list[Row], held_out: list[Row], plan: dict[str, Any]) -> None:
     """Train and write last/ and training.json."""
     instruct, method, training = run.instruct, run.method, run.training
@@ -250,7 +233,7 @@ def fit(run: Run, train: list[Row], held_out: list[Row], plan: dict[str, Any]) -
         processing_class=tokenizer,
     )
     out = Path(str(training.output_dir))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
     if trainer.is_world_process_zero():
         adapted.adapter.save(str(out / "last"))
         if method.method == "full":

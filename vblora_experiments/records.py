@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 import subprocess
@@ -15,29 +14,10 @@ from typing import Any
 
 import torch
 
-from vblora.io import read_json, write_json
-from vblora.models import PLAN_FILE, RECORD_FILE
+from vblora.io import read_json
+from vblora.models import RECORD_FILE
 
-LOCK_FILE = ".lock"
 PACKAGES = ("vblora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-# What may differ when a run goes on where it stopped: where things are (what is there has fingerprints in the plan),
-# and how they are shown.
-FREE_TO_CHANGE = {
-    "output_dir",
-    "logging_dir",
-    "disable_tqdm",
-    "report_to",
-    "resume_from_checkpoint",
-    "data_dir",
-    "use_cpu",
-    "dataloader_pin_memory",
-}
-
-# What beside them makes no other experiment of a run: the record has it in its own place.
-NEUTRAL = FREE_TO_CHANGE | {
-    *("row", "seed", "model_name_or_path", "start_from", "bank_from", "data", "bench_dir", "gsm8k", "math", "judge"),
-    *("decode_batch_size", "solve_batch_size", "judge_workers", "device_map"),
-}
 SELECTIONS_FILE = "selections.safetensors"
 
 
@@ -87,56 +67,6 @@ def peak_memory_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
-def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Start, or go on with, the run of this plan in a directory.
-
-    Returns:
-        The record, where the run has been finished already; else None.
-
-    Raises:
-        ValueError: the directory holds a run of another plan, or another process trains into it now.
-    """
-    _lock(directory)
-    if (directory / PLAN_FILE).exists():
-        changed = differences(read_json(directory / PLAN_FILE), plan)
-        if changed and _has_results(directory):
-            raise ValueError(
-                f"{directory} holds a run with other settings ({changed}): remove it, or give another place "
-                "(--output_dir; for reproduce.sh --runs)"
-            )
-        if (directory / RECORD_FILE).exists():
-            return read_json(directory / RECORD_FILE)
-    write_json(directory / PLAN_FILE, plan)
-    return None
-
-
-def _has_results(directory: Path) -> bool:
-    """Whether a run has come to more than its plan: one stopped by a wrong setting must not block the right one."""
-    kept = any((directory / name).exists() for name in (RECORD_FILE, "best", "last"))
-    return kept or last_checkpoint(directory) is not None
-
-
-_locks: dict[Path, Any] = {}  # the open lock files of this process
-
-
-def _lock(directory: Path) -> None:
-    """Keep other processes out of a run's folder until this one ends. (Of a distributed run, the first one does.)"""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    if directory.resolve() in _locks or os.environ.get("RANK", "0") != "0":
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"another process trains into {directory}: wait for it, or end it") from error
-    _locks[directory.resolve()] = file
-
-
 def read_files(paths: Sequence[Path], experiment: str) -> list[tuple[Path, dict[str, Any]]]:
     """The records of one kind of experiment in these files and folders, each with its file.
 
@@ -155,42 +85,6 @@ def _record_files(folder: Path) -> list[Path]:
     return sorted({*folder.glob("*.json"), *folder.rglob(RECORD_FILE)})
 
 
-def finished(directory: Path, part: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a run that has come to its end, where there is one.
-
-    Raises:
-        ValueError: this part of it (how it was decoded or tested) is not as wanted.
-    """
-    if not (directory / RECORD_FILE).exists():
-        return None
-    record = read_json(directory / RECORD_FILE)
-    if changed := differences(record[part], wanted):
-        raise ValueError(f"{directory} holds a run with another {part} ({changed}): give another --output_dir")
-    return record
-
-
-def finish(directory: Path, record: dict[str, Any]) -> None:
-    """Write the record of a run that has come to its end."""
-    write_json(directory / RECORD_FILE, record)
-
-
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint of an interrupted run."""
-    found = {int(p.name.removeprefix("checkpoint-")): p for p in directory.glob("checkpoint-*") if _is_whole(p)}
-    return str(found[max(found)]) if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the checkpoint was written to its end: the trainer's state is the last file that Trainer writes."""
-    if not checkpoint.name.removeprefix("checkpoint-").isdecimal():
-        return False
-    try:
-        read_json(checkpoint / "trainer_state.json")
-    except ValueError:
-        return False
-    return True
-
-
 def scores(log_history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     """Scores per epoch, at the last epoch and at the best one, from the trainer's log."""
     epochs = [
@@ -206,9 +100,3 @@ def scores(log_history: list[dict[str, Any]], metric: str) -> dict[str, Any]:
 def _is_score(key: str) -> bool:
     timings = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
     return key.startswith("eval_") and key not in timings
-
-
-def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """In which settings two runs differ, in words; "" for none."""
-    keys = sorted((before.keys() | now.keys()) - FREE_TO_CHANGE)
-    return ", ".join(f"{k}: {before.get(k)} before, {now.get(k)} now" for k in keys if before.get(k) != now.get(k))

@@ -20,7 +20,7 @@ import run_glue
 import vblora
 from vblora.files.reading import read_bank
 from vblora.io import read_json, read_tensors
-from vblora_experiments import plans
+from vblora_experiments import runs
 
 NLU = Path(run_glue.__file__).parent
 SIZES = ["--num_vectors", "10", "--vector_length", "16", "--topk", "2"]
@@ -243,8 +243,8 @@ def test_flags_override_their_row_and_the_record_says_which():
     glue, chosen, training = run_glue.parse(command)
     assert training.num_train_epochs == 80 and training.learning_rate == 2e-2 and training.seed == 4
     assert (chosen.topk, chosen.rank, glue.max_length) == (3, 4, 512)
-    assert plans.overrides(command) == {"topk": "3"}
-    assert plans.overrides(["--bf16", "--num-train-epochs=3"]) == {"bf16": "true", "num_train_epochs": "3"}
+    assert runs.overrides(command) == {"topk": "3"}
+    assert runs.overrides(["--bf16", "--num-train-epochs=3"]) == {"bf16": "true", "num_train_epochs": "3"}
 
 
 def test_an_unknown_flag_is_refused(flags):
