@@ -28,7 +28,8 @@ from speech_data import read_outputs, read_table
 from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
-from vblora_experiments import commands, plans, records
+from vblora_experiments import commands, runs
+from vblora_experiments.arguments import with_row
 
 PARTS = ("dev", "test")
 NORMALISERS = ("raw", "unicode", "basic")
@@ -43,22 +44,22 @@ def main(arguments: list[str]) -> dict[str, Any]:
     trained = train_speech.main([*rest, "--output_dir", str(out)])
     if not trained:  # another process of this run writes
         return {}
-    record = records.finished(out, "decoding", asdict(decoding))
+    record = runs.finished(out, "decoding", asdict(decoding))
     if record is None:
         began = time.monotonic()
         for part in PARTS:
             transcribe.main(command(out, part, speech, own, decoding))
         seconds = round(time.monotonic() - began, 1)
         record = make_record(out, speech, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": own.row, "overrides": plans.overrides(arguments)}
-    records.finish(out, record)
+        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+    runs.finish(out, record)
     print(summary(record))
     return record
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding, list[str]]:
     """This script's own flags, those of the search, and train_speech.py's."""
-    arguments = plans.with_row(arguments, row)
+    arguments = with_row(arguments, row)
     parser = commands.one_line_errors(HfArgumentParser(Decoding, prog="run_asr.py", allow_abbrev=False, add_help=False))  # type: ignore[arg-type]
     parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of asr_rows.py")
     parser.add_argument("--decode_batch_size", type=int, default=16)

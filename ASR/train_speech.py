@@ -32,12 +32,12 @@ from features import Features, encoded_of, features_of, spec_augment
 from speech_data import LONG, Set, load_split
 from speech_rows import OWN_FRAMES, SpeechBatches, SpeechRows, text_tokens
 from vblora.adapter import Adapter
-from vblora.io import folder_fingerprint, read_json, write_json
+from vblora.io import read_json, write_json
 from vblora.models import TRAINING_FILE, model_name, torch_dtype
-from vblora.switch import Adapted, apply_method, read_config_file
+from vblora.switch import Adapted, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, plans, records
-from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments import commands, records, runs
+from vblora_experiments.arguments import MethodArguments, given, split
 from whisper_models import (
     TARGETS,
     WINDOW,
@@ -103,7 +103,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
     sounds = [speech_data.sound_prints(part.clips) for part in (train, dev)]
     clips = [*train.clips, *dev.clips]
     plan = make_plan(speech, method, training, speech_data.fingerprint(clips, [*sounds[0], *sounds[1]]))
-    if records.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
+    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
         fit(speech, method, training, (train, dev), sounds, plan)
     result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
     if result and result["validation_losses"]:
@@ -119,7 +119,7 @@ def parse(arguments: list[str]) -> tuple[SpeechArguments, MethodArguments, Train
     kinds: Any = (SpeechArguments, MethodArguments, TrainingArguments)
     parser = commands.one_line_errors(HfArgumentParser(kinds))
     parser.set_defaults(**DEFAULTS)
-    arguments = plans.split(arguments)
+    arguments = split(arguments)
     known = parser.parse_args(arguments)
     if known.output_dir is None:
         model = model_name(known.model_name_or_path)
@@ -170,21 +170,8 @@ def make_plan(
     speech: SpeechArguments, method: MethodArguments, training: TrainingArguments, data: str
 ) -> dict[str, Any]:
     """All that decides the result of a run; two runs of one plan are the same run."""
-    plan = {**given(speech), **given(method), **plans.chosen(training), "data_fingerprint": data}
-    for name in ELSEWHERE:
-        plan.pop(name, None)
-    plan |= {f"learning_rate_{n.removeprefix('lr_')}": rate for n, rate in rates_of(method).items() if rate is not None}
-    if Path(speech.model_name_or_path).is_dir():
-        plan["model_fingerprint"] = folder_fingerprint(Path(speech.model_name_or_path))
-    if method.method.endswith(".json"):
-        plan["method"] = Path(method.method).name
-        plan["method_file"] = read_config_file(method.method)
-    plan["model_name_or_path"] = model_name(speech.model_name_or_path)
-    return plan
-
-
-def rates_of(method: MethodArguments) -> dict[str, float | None]:
-    return {} if method.method == ZERO_SHOT else method.rates()
+    plan = runs.make_plan(speech, method, training, data)
+    return {name: value for name, value in plan.items() if name not in ELSEWHERE}
 
 
 def fit(
@@ -216,7 +203,7 @@ def fit(
         processing_class=tokenizer,
     )
     trainer.spec_augment = speech.spec_augment
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or records.last_checkpoint(out))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
     if trainer.is_world_process_zero():
         adapted.adapter.save(str(out / "last"))
         write_json(out / TRAINING_FILE, _result(plan, prompt, adapted, trainer, parts[0]))

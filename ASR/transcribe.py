@@ -26,7 +26,7 @@ from speech_data import SPLITS, Set, fingerprint, load_split, sound_prints
 from train_speech import RUNS, ZERO_SHOT
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
-from vblora_experiments import commands, records
+from vblora_experiments import commands, runs
 from vblora_experiments.progress import Progress
 from whisper_models import Prompt, load_tokenizer, load_whisper, prompt_of
 
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> Path:
     target, note = options.run / f"{options.split}.tsv", options.run / f"{options.split}.decoding.json"
     if target.exists() and note.exists():
         before = read_json(note)
-        if changed := records.differences({name: before.get(name) for name in settings}, settings):
+        if changed := runs.in_words({name: before.get(name) for name in settings}, settings):
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target
