@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
-NOT_IN_ALL = ("all", "show", "going_on")  # the command itself, one that reads records, one that needs a run of GLUE
+# The command itself, one that reads records, one that needs a run of GLUE, one that kills runs for minutes.
+NOT_IN_ALL = ("all", "show", "going_on", "kills")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -166,6 +168,12 @@ def test_all(tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(everything.SMALL, "composition", "--rounds 0")
     with pytest.raises(ValueError, match="failed: composition"):
         everything.main(["--small", "--only", "composition"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in processes of their own")
+def test_a_run_that_is_killed_ends_with_the_record_of_one_that_is_not(capfd):
+    assert benchmark("kills").main(["--kills", "2"]) == 0
+    assert "2 kills over" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading", "composition"])

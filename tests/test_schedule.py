@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +33,41 @@ def test_all_run_each_with_a_place_of_its_own(tmp_path):
         ordered = sorted(times)
         assert all(one[1] <= other[0] for one, other in pairwise(ordered))
     assert sum("done" in line for line in said) == 4
+
+
+ENDS_WITH_ITS_PARENT = """
+import sys
+from pathlib import Path
+from vblora_experiments.schedule import Job, run_all
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+run_all([Job("long", [sys.executable, "-c", code], Path(sys.argv[1]))], [{}])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent has ended")
+def test_a_campaign_that_is_killed_leaves_no_run_going(tmp_path):
+    log = tmp_path / "long.log"
+    campaign = subprocess.Popen([sys.executable, "-c", ENDS_WITH_ITS_PARENT, str(log)])
+    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
+    run = int(log.read_text())
+    campaign.kill()
+    campaign.wait()
+    wait_until(lambda: not is_going(run))
+
+
+def is_going(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(done) -> None:
+    end = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_a_failure_leaves_the_others_be_but_those_that_wait_for_it(tmp_path):

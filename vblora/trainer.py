@@ -33,10 +33,11 @@ OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 class AdapterTrainer(Trainer):
     """Trains an adapted model of any method.
 
-    Four things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
+    Six things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
     one of bitsandbytes' for a method that has no logits; a checkpoint of one of our adapters is the adapter in its full
     form, not the whole model; and rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
-    batches; and DDP does not send the buffers of one of our adapters in every step.
+    batches; DDP does not send the buffers of one of our adapters in every step; a run that goes on from a checkpoint
+    ends as if it had not been interrupted, evaluations included; and the log has the learning rate of each group.
 
     Args:
         adapted: what `vblora.switch.apply_method` gave.
@@ -44,6 +45,8 @@ class AdapterTrainer(Trainer):
         args: the training arguments.
         others: passed on to Trainer.
     """
+
+    _group_rates: Mapping[str, float] = {}  # by the names that the log has them under
 
     def __init__(
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
@@ -71,6 +74,7 @@ class AdapterTrainer(Trainer):
             if args.process_index == 0:
                 print(adapted.recipe)
         self.add_callback(TrainingClock())
+        self.add_callback(SavedAfterItsEpoch())
         sharding.prepare(adapted, self.accelerator)
         self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
 
@@ -114,6 +118,22 @@ class AdapterTrainer(Trainer):
                 f"learning rates {rates}. Lower them, and give another --output_dir; what was saved before is left"
             )
         return loss
+
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, *others: Any) -> tuple[int, int]:
+        """As Trainer's; a run that is at its last step has no epoch left, also where --max_steps ends within one."""
+        trained = super()._init_training_state(max_steps, steps, epochs, *others)
+        return (epochs, 0) if self.state.global_step >= max_steps else trained
+
+    def _get_learning_rate(self) -> float:
+        assert self.optimizer is not None
+        groups = enumerate(self.optimizer.param_groups)
+        self._group_rates = {f"learning_rate_{group.get('name', at)}": float(group["lr"]) for at, group in groups}
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
+        if "learning_rate" in logs:  # the first group's
+            logs.update(self._group_rates)
+        super().log(logs, *others, **more)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -233,6 +253,30 @@ class KeptWithCheckpoints(TrainerCallback):
     def write(self, directory: Path) -> None:
         """Write the file into a checkpoint's directory."""
         raise NotImplementedError
+
+
+class SavedAfterItsEpoch(TrainerCallback):
+    """A checkpoint at the last step of an epoch is written after what is logged and evaluated at the epoch's end.
+
+    Trainer would write it before, and going on from it would begin the next epoch: what ends the last one (its
+    evaluation, its entry in a log) would be lost. Going on, the evaluation before any training is not done again.
+    """
+
+    waiting = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.waiting = False
+        if state.global_step:
+            args.eval_on_start = False
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        ends = control.should_training_stop or float(state.epoch or 0).is_integer()
+        if control.should_save and ends:
+            control.should_save, self.waiting = False, True
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.waiting:
+            control.should_save, self.waiting = True, False
 
 
 class TrainingClock(TrainerCallback, ExportableState):

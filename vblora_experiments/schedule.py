@@ -103,11 +103,30 @@ def run_all(
     return [name for name, well in ended.items() if not well]
 
 
+# Says to Linux that the process is to end when its parent does, however that came, and becomes the job's command.
+TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, which outlasts exec
+if os.getppid() != int(sys.argv[1]):  # it has ended before
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+def _tied(command: list[str]) -> list[str]:
+    """The command, which does not outlive this process where the system is Linux; elsewhere as it is."""
+    return [sys.executable, "-c", TIED, str(os.getpid()), *command] if sys.platform == "linux" else command
+
+
 def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
         return subprocess.Popen(
-            job.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
+            _tied(job.command),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
         )
 
 
