@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,47 @@ from vblora_experiments import commands, runs
 from vblora_experiments.progress import Progress
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is decoded, and how.
+
+    Attributes:
+        run: the output folder of train.py.
+        decoding: how texts are searched for.
+        split: of the set.
+        data_dir: the folder with the set's files; the hub where None.
+        model_name_or_path: the base model; as in training where None.
+        max_samples: of the representations, the first so many; all where None.
+        batch_size: representations at a time.
+        merge: add the adapter to the weights first.
+    """
+
+    run: Path
+    decoding: Decoding
+    split: str = "test"
+    data_dir: str | None = None
+    model_name_or_path: str | None = None
+    max_samples: int | None = None
+    batch_size: int = 16
+    merge: bool = False
+
+
 def main(arguments: list[str]) -> Path:
     """Decode, and return the file of texts."""
-    options, decoding = parse(arguments)
+    return decode_split(parse(arguments))
+
+
+def decode_split(options: Options) -> Path:
+    """Decode a split, unless that is done; the file of texts.
+
+    Raises:
+        ValueError: the folder is no run, or has texts of other settings.
+    """
+    commands.check_least(options, batch_size=1, max_samples=1)
+    decoding = options.decoding
+    decoding.check()
+    if not (options.run / PLAN_FILE).exists():
+        raise ValueError(f"{options.run} holds no run of train.py")
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
     if tuned.plan is None or "dataset" not in tuned.plan:
         raise ValueError(f"{options.run} is no run of NLG/train.py")
@@ -66,7 +104,7 @@ def main(arguments: list[str]) -> Path:
     return target
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
+def parse(arguments: list[str]) -> Options:
     parser = HfArgumentParser(
         Decoding,  # type: ignore[arg-type]
         prog="decode.py",
@@ -75,21 +113,13 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
     )
     parser.add_argument("run", type=Path, help="the output folder of train.py")
     parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--data_dir", type=Path, help="folder with the set's files; the hub unless given")
+    parser.add_argument("--data_dir", help="folder with the set's files; the hub unless given")
     parser.add_argument("--model_name_or_path", help="the base model; as in training unless given")
     parser.add_argument("--max_samples", type=int, help="decode the first representations only")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first")
-    options = parser.parse_args(arguments)
-    decoding = Decoding(**{name: getattr(options, name) for name in Decoding.__dataclass_fields__})
-    decoding.check()
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {options.batch_size}")
-    if options.max_samples is not None and options.max_samples < 1:
-        raise ValueError(f"--max_samples must be at least 1, not {options.max_samples}")
-    if not (options.run / PLAN_FILE).exists():
-        raise ValueError(f"{options.run} holds no run of train.py")
-    return options, decoding
+    known = vars(parser.parse_args(arguments))
+    return Options(decoding=Decoding(**{name: known.pop(name) for name in Decoding.__dataclass_fields__}), **known)
 
 
 def decode(
@@ -116,5 +146,4 @@ def decode(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "decode")

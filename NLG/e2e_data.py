@@ -12,16 +12,16 @@ A further set is one entry in `SETS` and one function that gives its (source, re
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from vblora.hub import from_hub
+from vblora_experiments import text_files
 
 
 class Example(NamedTuple):
@@ -121,24 +121,20 @@ def linear_e2e(mr: str) -> str:
 
 def read_e2e(path: Path) -> Iterator[Example]:
     """The pairs of one of the challenge's CSV files."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = {"mr", "ref"} - set(reader.fieldnames or [])
-            if missing:
-                found = ", ".join(reader.fieldnames or ["nothing"])
-                raise ValueError(f"{path}: the columns mr and ref are needed; found {found}")
-            for row in reader:
-                yield _e2e_example(f"{path}, line {reader.line_num}", row)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    header: list[str] = []
+    for number, fields in text_files.read_table(path):
+        if header:
+            yield _e2e_example(f"{path}, line {number}", dict(zip(header, fields, strict=True)))
+            continue
+        header = fields
+        text_files.check_header(path, header)
+        if not {"mr", "ref"} <= set(header):
+            raise ValueError(f"{path}: the columns mr and ref are needed; found {', '.join(header)}")
+    if not header:
+        raise ValueError(f"{path}: the columns mr and ref are needed; found nothing")
 
 
-def _e2e_example(where: str, row: dict[str | Any, Any]) -> Example:
-    if None in row or row["mr"] is None or row["ref"] is None:
-        raise ValueError(f"{where}: a row of another number of fields than the header")
+def _e2e_example(where: str, row: dict[str, str]) -> Example:
     reference = " ".join(row["ref"].split())  # two references hold a line break
     if not reference:
         raise ValueError(f"{where}: the reference is empty")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vblora_experiments.rows import Model, Rows
+from vblora_experiments.rows import VBLORA, Model, Rows
 
 # Table 8, but for the settings of VB-LoRA itself. They are also what train.py does unless told otherwise.
 COMMON: dict[str, Any] = {
@@ -52,18 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
     },
     "vera": {"method": "vera", "targets": "qv", "rank": 1024, "learning_rate": 1e-1},
-    "vblora": {
-        "method": "vblora",
-        "targets": "all",
-        "rank": 4,
-        "topk": 2,
-        "num_vectors": 256,
-        "vector_length": 256,
-        "init_logits_std": 0.01,
-        "init_vector_bank_bound": 0.02,
-        "learning_rate_vector_bank": 1e-3,
-        "learning_rate_logits": 1e-2,
-    },
+    "vblora": {**VBLORA, "targets": "all", "num_vectors": 256, "init_logits_std": 0.01},
 }
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("gpt2_large", "vblora"): {"num_vectors": 350},

@@ -12,21 +12,16 @@ as -- --bf16 true). Run it again to go on: what has a record is not run again, w
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import e2e_paper
 from e2e_data import SETS
 from e2e_rows import METHODS, ROWS, row
-from vblora.io import replacing
-from vblora.models import RECORD_FILE
-from vblora_experiments import campaign, commands, runs, tables
-from vblora_experiments.rows import check_names
-from vblora_experiments.runs import real_flags
+from vblora_experiments import campaign, commands, tables
+from vblora_experiments.campaign import Groups, RowTrial
+from vblora_experiments.tables import deviation_of, difference, mean_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"medium": "gpt2_medium", "large": "gpt2_large", "smollm2": "smollm2_135m"}
@@ -38,85 +33,46 @@ MODEL_TITLES = {"gpt2_medium": "GPT-2 Medium", "gpt2_large": "GPT-2 Large", "smo
 SHOWN = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2)}
 
 
-@dataclass(frozen=True)
-class Trial(runs.Trial):
-    """A row MODEL/METHOD for one seed."""
-
-    def row_flags(self) -> dict[str, Any]:
-        return row(self.row)
-
-
 class E2E(campaign.RowCampaign):
     """Table 2."""
 
     description = str(__doc__)
     rows = ROWS
+    experiment = "table2"
+    models_flag, models = "sizes", SIZES
+    chosen = (PAPER_SIZES, list(METHODS), SEEDS)
     script = ROOT / "NLG" / "run_e2e.py"
     passed_on = ("data_dir",)
     runs = ROOT / "runs" / "e2e"
     kind = "e2e"
     own_flags = campaign.Campaign.own_flags | {"dataset"}
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("experiment", choices=["table2"])
-        parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(PAPER_SIZES), help="medium large")
-        parser.add_argument("--methods", nargs="+", default=list(METHODS), help=f"{' '.join(METHODS)} unless given")
-        parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="0 1 2 unless given")
+    def add_places(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data_dir", type=Path, help="folder with the challenge's CSV files, not the hub")
 
-    def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Trial]:
-        check_names("method", options.methods, list(METHODS))
-        return [
-            Trial(f"{SIZES[size]}/{method}", seed=seed, extra=real_flags(extra))
-            for seed in options.seeds
-            for size in options.sizes
-            for method in options.methods
-        ]
-
-    def check_places(self, trials: Sequence[Trial], options: argparse.Namespace) -> None:
+    def check_places(self, trials: Sequence[RowTrial], options: argparse.Namespace) -> None:
         for names in SETS["e2e"].files.values() if trials and options.data_dir else ():
             if not any((options.data_dir / name).is_file() for name in names):
                 raise ValueError(f"--data_dir {options.data_dir} has no {' or '.join(names)}")
         super().check_places(trials, options)
 
-    def check_flags(self, command: list[str]) -> None:
-        import run_e2e  # takes seconds, as transformers does
-        import train
-
-        train.parse(run_e2e.parse(command)[2])
-
-    def estimate(self, trial: Trial, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+    def estimate(self, trial: RowTrial, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
         minutes, source = super().estimate(trial, found)
         if minutes is None and (trial.model, trial.method) in e2e_paper.TABLE_2:
             epochs = float(trial.overrides.get("num_train_epochs", row(trial.row)["num_train_epochs"]))
             return e2e_paper.MINUTES * epochs / e2e_paper.EPOCHS, "paper: VB-LoRA on an A100"
         return minutes, source
 
-    def table(
-        self,
-        trials: Sequence[Trial],
-        found: Sequence[dict[str, Any]],
-        options: argparse.Namespace,
-        extra: Mapping[str, str],
-    ) -> str | None:
-        groups = campaign.records_of(trials, found)
-        if not groups:
-            return None
-        if options.format == "csv":
-            return tables.as_csv(CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()])
-        lines = [line for name, group in groups.items() for line in _lines(name, group)]
-        header = ["model", "method", "# params", "", *(name.replace("_", "-") for name in SHOWN)]
-        return tables.render(header, lines, options.format, campaign.note_of(extra))
+    def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
+        return CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()]
 
-    def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
+    def lines(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], tables.Lines, list[str]]:
+        header = ["model", "method", "# params", "", *(name.replace("_", "-") for name in SHOWN)]
+        return header, [line for name, group in groups.items() for line in _lines(name, group)], []
+
+    def kept(self, trial: RowTrial, run: str) -> dict[str, str]:
         """The texts, so that anybody can score them again."""
-        texts = record_file.parent / "test.txt"
-        if record_file.name != RECORD_FILE:  # collected before
-            texts = record_file.parent / "texts" / f"{trial.name}.txt"
-        kept = folder / "texts" / f"{trial.name}.txt"
-        if texts.exists() and texts != kept:
-            with replacing(kept) as temporary:
-                shutil.copyfile(texts, temporary)
+        return {"test.txt": f"texts/{trial.name}.txt"}
 
 
 def _scores(group: Sequence[dict[str, Any]], name: str) -> list[float]:
@@ -130,15 +86,15 @@ def _lines(name: str, group: Sequence[dict[str, Any]]) -> tables.Lines:
     model, method = name.split("/")
     own = [_scores(group, score) for score in SHOWN]
     digits = [digits for _, digits in SHOWN.values()]
-    means = [mean(values) if values else None for values in own]
-    deviations = [stdev(values) if len(values) > 1 else None for values in own]
+    means = [mean_of(values) for values in own]
+    deviations = [deviation_of(values) for values in own]
     count = tables.count(group[0]["stored_parameters"]["parameters"])
     lines = [
         [MODEL_TITLES[model], TITLES[method], count, campaign.seeds_of(group)]
         + [tables.number(*values) for values in zip(means, deviations, digits, strict=True)]
     ]
     if printed := e2e_paper.TABLE_2.get((model, method)):
-        differences = [None if m is None else m - p for m, p in zip(means, printed, strict=True)]
+        differences = [difference(*pair) for pair in zip(means, printed, strict=True)]
         lines += [
             ["", "", f"{e2e_paper.PARAMETERS[model, method]:g}M", "paper"]
             + [f"{value:.{places}f}" for value, places in zip(printed, digits, strict=True)],
@@ -162,7 +118,7 @@ def _csv_row(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
     values: list[Any] = [model, method, group[0]["stored_parameters"]["parameters"], len(group)]
     for score, of_paper in zip(SHOWN, printed, strict=True):
         own = _scores(group, score)
-        values += [mean(own) if own else None, stdev(own) if len(own) > 1 else None, of_paper]
+        values += [mean_of(own), deviation_of(own), of_paper]
     return values
 
 

@@ -11,39 +11,61 @@ and one that was interrupted goes on; where Java was missing, a second call adds
 
 from __future__ import annotations
 
-import argparse
-import os
+import dataclasses
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 import decode
 import e2e_scores
 import train
 from e2e_data import group, load_split
-from e2e_rows import row
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora_experiments import commands, runs
-from vblora_experiments.arguments import with_row
+from vblora_experiments import commands, runs, training_run
+from vblora_experiments.command_line import Settings, StartArguments
+
+
+@dataclass
+class TestArguments:
+    """How the test set is decoded, besides the search."""
+
+    decode_batch_size: int = field(default=16, metadata={"help": "representations decoded at a time"})
+
+
+SCRIPT = dataclasses.replace(
+    train.SCRIPT, name="run_e2e.py", kinds=(TestArguments, Decoding, *train.SCRIPT.kinds), description=str(__doc__)
+)
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Run, and return the record."""
-    own, decoding, rest = parse(arguments)
-    text, _, training = train.parse(rest)
-    out = Path(str(training.output_dir))
-    trained = train.main([*rest, "--output_dir", str(out)])
+    """Run, and return the record; with --plan show what the run resolves, and return nothing."""
+    settings = parse(arguments)
+    return {} if settings.show() else run(settings)
+
+
+def parse(arguments: list[str]) -> Settings:
+    """The settings of a command line, checked."""
+    settings = SCRIPT.read(arguments)
+    train.check(settings)
+    settings.of(Decoding).check()
+    commands.check_least(settings.of(TestArguments), decode_batch_size=1)
+    return settings
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train, decode and score, as far as that is not done; the record."""
+    text, decoding, out = settings.of(TextArguments), settings.of(Decoding), settings.output_dir
+    trained = train.train(settings)
     if not trained:  # another process of this run writes
         return {}
     record = runs.finished(out, "decoding", decoding.to_dict())
     if record is None:
-        seconds = decode_test(out, text, own, decoding)
+        seconds = decode_test(settings)
         record = make_record(out, text, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+        record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
     if any(value is None for value in record["scores"].values()):
         record["scores"] = e2e_scores.score(*outputs_and_references(out, text))
     runs.finish(out, record)
@@ -51,27 +73,18 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding, list[str]]:
-    """This script's own flags, those of the search, and train.py's."""
-    arguments = with_row(arguments, row)
-    parser = commands.one_line_errors(HfArgumentParser(Decoding, prog="run_e2e.py", allow_abbrev=False, add_help=False))  # type: ignore[arg-type]
-    parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of e2e_rows.py")
-    parser.add_argument("--decode_batch_size", type=int, default=16)
-    own, rest = parser.parse_known_args(arguments)
-    decoding = Decoding(**{name: getattr(own, name) for name in Decoding.__dataclass_fields__})
-    decoding.check()
-    if own.decode_batch_size < 1:
-        raise ValueError(f"--decode_batch_size must be at least 1, not {own.decode_batch_size}")
-    return own, decoding, rest
-
-
-def decode_test(out: Path, text: TextArguments, own: argparse.Namespace, decoding: Decoding) -> float:
+def decode_test(settings: Settings) -> float:
     """Decode the test set; the seconds that it took."""
-    began = time.monotonic()
-    command = [str(out), "--model_name_or_path", text.model_name_or_path, "--batch_size", str(own.decode_batch_size)]
-    command += ["--data_dir", text.data_dir] if text.data_dir is not None else []
-    command += [part for name, value in decoding.to_dict().items() for part in (f"--{name}", str(value))]
-    decode.main(command)
+    began, text = time.monotonic(), settings.of(TextArguments)
+    decode.decode_split(
+        decode.Options(
+            settings.output_dir,
+            settings.of(Decoding),
+            data_dir=text.data_dir,
+            model_name_or_path=text.model_name_or_path,
+            batch_size=settings.of(TestArguments).decode_batch_size,
+        )
+    )
     return round(time.monotonic() - began, 1)
 
 
@@ -83,18 +96,13 @@ def outputs_and_references(out: Path, text: TextArguments) -> tuple[list[str], l
 def make_record(out: Path, text: TextArguments, trained: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
     """Everything there is to know of the run."""
     outputs, references = outputs_and_references(out, text)
-    settings = trained["settings"]
     return {
-        "experiment": "e2e",
-        "model": settings["model_name_or_path"],
-        "method": settings["method"],
-        "seed": settings["seed"],
-        **trained,
+        **training_run.heading("e2e", trained),
         "decoding": decoding.to_dict(),
         "outputs": len(outputs),
         "empty_outputs": sum(not output for output in outputs),
         "scores": e2e_scores.score(outputs, references),
-        "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
+        "bytes_on_disk": training_run.bytes_on_disk(out),
     }
 
 
@@ -104,5 +112,4 @@ def summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "run_e2e")

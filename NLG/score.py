@@ -15,16 +15,13 @@ METEOR, ROUGE-L and CIDEr need Java and pycocoevalcap; without, they are left ou
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import e2e_scores
-from vblora_experiments import commands
+from vblora_experiments import commands, text_files
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
@@ -113,39 +110,29 @@ def _from_text(path: Path) -> list[list[str]]:
 
 def _from_csv(path: Path) -> list[list[str]]:
     groups: dict[str, list[str]] = {}
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        if not {"mr", "ref"} <= set(header):
-            raise ValueError(f"{path}: needs the columns mr and ref; found {', '.join(header) or 'none'}")
-        for fields in reader:
-            if not fields:
-                continue
-            where = f"{path}, line {reader.line_num}"
-            if len(fields) != len(header):
-                raise ValueError(f"{where}: {len(fields)} columns instead of {len(header)} ({', '.join(header)})")
-            # The official script takes one quotation mark at the start of a reference for the file's and drops it. Two
-            # references of E2E's test set begin with a mark of their own.
-            reference = re.sub(r"^['\"]\s*", "", fields[header.index("ref")].strip())
-            if not reference:
-                raise ValueError(f"{where}: an empty reference")
-            groups.setdefault(fields[header.index("mr")].strip(), []).append(reference)
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    header: list[str] = []
+    for number, fields in text_files.read_table(path):
+        if not header:
+            header = [name.strip().lower() for name in fields]
+            text_files.check_header(path, header)
+            if not {"mr", "ref"} <= set(header):
+                raise ValueError(f"{path}: needs the columns mr and ref; found {', '.join(header)}")
+            continue
+        # The official script takes one quotation mark at the start of a reference for the file's and drops it. Two
+        # references of E2E's test set begin with a mark of their own.
+        reference = re.sub(r"^['\"]\s*", "", fields[header.index("ref")].strip())
+        if not reference:
+            raise ValueError(f"{path}, line {number}: an empty reference")
+        groups.setdefault(fields[header.index("mr")].strip(), []).append(reference)
+    if not header:
+        raise ValueError(f"{path}: needs the columns mr and ref; found none")
     return list(groups.values())
 
 
 def _from_json_lines(path: Path) -> list[list[str]]:
     groups = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line:
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from None
-        group = record.get("references") if isinstance(record, dict) else None
+    for where, record in text_files.read_json_rows(path, as_lines=True):
+        group = record.get("references")
         if not isinstance(group, list) or not all(isinstance(reference, str) for reference in group):
             raise ValueError(f'{where}: not of the form {{"references": ["...", "..."]}}')
         if not group:
@@ -159,19 +146,8 @@ def _lines(path: Path) -> list[str]:
 
     Not splitlines(): it also cuts at characters such as U+2028, which an output may hold.
     """
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", _text(path))]
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text_files.read_text(path))]
     return lines if lines[-1] else lines[:-1]  # the last line may end with a newline or without
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 if __name__ == "__main__":

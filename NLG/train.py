@@ -16,28 +16,26 @@ its last checkpoint.
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 import quick_validation
 from causal_text import encode
 from e2e_data import SETS, Example, Group, fingerprint, group, load_split
-from e2e_rows import COMMON
-from vblora.adapter import Adapter
-from vblora.io import read_json, write_json
-from vblora.models import TRAINING_FILE, load_model, load_tokenizer, model_name, torch_dtype
+from e2e_rows import COMMON, row
+from vblora.models import load_model, load_tokenizer, model_name, torch_dtype
 from vblora.sampling import spaced
-from vblora.switch import OWN_METHODS, Adapted, apply_method
+from vblora.switch import OWN_METHODS, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, records, runs
-from vblora_experiments.arguments import MethodArguments, split
+from vblora_experiments import commands, runs, training_run
+from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.causal import EncodedRows, Padded
+from vblora_experiments.command_line import Script, Settings
 
 DEFAULTS: dict[str, Any] = {
     **COMMON,
@@ -81,38 +79,51 @@ class TextArguments:
     )
 
 
+def place(known: Any) -> Path:
+    """The output folder of a run, unless --output_dir gives it."""
+    model = model_name(known.model_name_or_path)
+    name = f"{model}_{known.dataset}_{known.targets}_{known.method}_seed{known.seed}"
+    return RUNS / name.replace("/", "_")
+
+
+SCRIPT = Script(
+    "train.py", (TextArguments, MethodArguments, TrainingArguments), DEFAULTS, row, place, description=str(__doc__)
+)
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Train, and return what training.json holds."""
-    text, method, training = parse(arguments)
-    out = Path(str(training.output_dir))
-    train = drawn(load_split(text.dataset, "train", text.data_dir), text.max_train_samples, training.seed)
+    """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
+    settings = SCRIPT.read(arguments)
+    check(settings)
+    return {} if settings.show() else train(settings)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Train, unless that is done; what training.json holds."""
+    text, method, training = parts(settings)
+    examples = drawn(load_split(text.dataset, "train", text.data_dir), text.max_train_samples, training.seed)
     validation = load_split(text.dataset, "validation", text.data_dir)
     watched = spaced(group(validation), text.quick_samples)
     validation = spaced(validation, text.max_eval_samples)
-    plan = runs.make_plan(text, method, training, fingerprint([*train, *validation]))
-    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
-        fit(text, method, training, train, validation, watched, plan)
-    result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
+    plan = runs.make_plan(text, method, training, fingerprint([*examples, *validation]))
+    result = training_run.once(
+        settings.output_dir, plan, training, lambda: fit(settings, examples, validation, watched, plan)
+    )
     if result:
         print(
-            f"{out}: validation loss {result['validation_losses'][-1]:.4f} after {result['epochs']:g} epochs; "
-            f"{result['stored_parameters']['parameters']:,} stored parameters"
+            f"{settings.output_dir}: validation loss {result['validation_losses'][-1]:.4f} after "
+            f"{result['epochs']:g} epochs; {result['stored_parameters']['parameters']:,} stored parameters"
         )
     return result
 
 
-def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, TrainingArguments]:
-    """The arguments, after this script's defaults."""
-    kinds: Any = (TextArguments, MethodArguments, TrainingArguments)
-    parser = commands.one_line_errors(HfArgumentParser(kinds))
-    parser.set_defaults(**DEFAULTS)
-    arguments = split(arguments)
-    known = parser.parse_args(arguments)
-    if known.output_dir is None:
-        model = model_name(known.model_name_or_path)
-        name = f"{model}_{known.dataset}_{known.targets}_{known.method}_seed{known.seed}"
-        arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
-    text, method, training = parser.parse_args_into_dataclasses(arguments)
+def parts(settings: Settings) -> tuple[TextArguments, MethodArguments, TrainingArguments]:
+    return settings.of(TextArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
+
+
+def check(settings: Settings) -> None:
+    """Refuse before anything is loaded what would fail, or do nothing, later."""
+    text, _, training = parts(settings)
     if text.max_length < 8:
         raise ValueError(f"--max_length must be at least 8, not {text.max_length}")
     for flag in ("max_train_samples", "max_eval_samples"):
@@ -126,7 +137,6 @@ def parse(arguments: list[str]) -> tuple[TextArguments, MethodArguments, Trainin
     if text.quick_samples and (training.fsdp or training.deepspeed):
         raise ValueError("with FSDP or DeepSpeed no texts are decoded during training: --quick_samples 0")
     training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
-    return text, method, training
 
 
 def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:
@@ -137,15 +147,14 @@ def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example
 
 
 def fit(
-    text: TextArguments,
-    method: MethodArguments,
-    training: TrainingArguments,
-    train: list[Example],
+    settings: Settings,
+    examples: list[Example],
     validation: list[Example],
     watched: list[Group],
     plan: dict[str, Any],
 ) -> None:
     """Train and write last/ and training.json."""
+    text, method, training = parts(settings)
     set_seed(training.seed)
     model, tokenizer = load_model(text.model_name_or_path, text.dtype), load_tokenizer(text.model_name_or_path)
     adapted = apply_method(model, method.method, settings_of(method, model, text))
@@ -153,18 +162,15 @@ def fit(
         adapted,
         method.rates(),
         training,
-        train_dataset=EncodedRows(encode(train, tokenizer, text.max_length)),
+        train_dataset=EncodedRows(encode(examples, tokenizer, text.max_length)),
         eval_dataset=EncodedRows(encode(validation, tokenizer, text.max_length)),
         data_collator=Padded(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     if watched:
         trainer.add_callback(quick_validation.QuickValidation(adapted.model, tokenizer, watched))
-    out = Path(str(training.output_dir))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
-    if trainer.is_world_process_zero():
-        adapted.adapter.save(str(out / "last"))
-        write_json(out / TRAINING_FILE, _result(plan, adapted, trainer, len(train)))
+    if training_run.train(trainer, settings.output_dir):
+        training_run.write(settings.output_dir, plan, trainer, of_texts(trainer, len(examples)))
 
 
 def settings_of(method: MethodArguments, model: nn.Module, text: TextArguments) -> dict[str, Any]:
@@ -180,27 +186,17 @@ def settings_of(method: MethodArguments, model: nn.Module, text: TextArguments) 
     return {**more, **settings}
 
 
-def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer, rows: int) -> dict[str, Any]:
-    adapter, seconds = adapted.adapter, trainer.train_seconds
+def of_texts(trainer: AdapterTrainer, rows: int) -> dict[str, Any]:
+    """What training.json has of a training on texts."""
     epochs, history = trainer.state.epoch or 0, trainer.state.log_history
     quick = [{k.removeprefix("eval_"): v for k, v in e.items() if k.startswith("eval_quick")} for e in history]
     return {
-        "settings": plan,
-        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
-        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
-        "epochs": epochs,
         "train_rows": rows,
         "validation_losses": [e["eval_loss"] for e in history if "eval_loss" in e],
         "quick_scores": [scores for scores in quick if scores],  # by epoch; not the official ones
-        "stored_parameters": adapter.stored_parameters()._asdict(),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 3),
-        "examples_per_second": round(epochs * rows / seconds, 1),
-        "peak_memory_mib": records.peak_memory_mib(),
-        **records.environment(),
+        "examples_per_second": round(epochs * rows / trainer.train_seconds, 1),
     }
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "train")

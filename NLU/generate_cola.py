@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 Pair = tuple[str, str]  # an acceptable sentence, and the unacceptable one made from it
@@ -123,72 +123,122 @@ class Lexicon:
         object.__setattr__(self, "all_people", self.women + self.men + self.people)
 
 
-IN_DOMAIN = Lexicon(
-    women=_nouns("girl queen aunt niece waitress woman:women", "f"),
-    men=_nouns("boy king uncle nephew waiter man:men", "m"),
-    people=_nouns("teacher student doctor neighbor artist lawyer farmer guest driver singer pilot child:children"),
-    female_names=_words("Mary Susan Anna Linda Helen"),
-    male_names=_words("John Peter David Robert Thomas"),
-    things=_nouns(
-        "chair lamp camera bicycle clock radio guitar toy computer mirror basket ladder ring suitcase "
-        "blanket painting key cabinet"
+# The words of each kind, of the training domain and of the other one.
+WORDS: dict[str, tuple[str, str]] = {
+    "women": (
+        "girl queen aunt niece waitress woman:women",
+        "mother sister daughter princess actress",
     ),
-    masses=_words("furniture equipment machinery"),
-    person_adjectives=_words("tired angry hungry polite famous nervous friendly busy"),
-    thing_adjectives=_words("old new broken dirty expensive small green"),
-    comparatives=_words("tall:taller fast:faster rich:richer happy:happier kind:kinder"),
-    use=_verbs("repair damage examine touch receive carry grab:grabbed take:took:taken buy:bought find:found"),
-    use_without_goal=_verbs("repair damage examine touch find:found"),
-    social=_verbs("invite visit thank ignore admire watch"),
-    reflexive=_verbs("admire praise blame trust defend"),
-    intransitive=_verbs("laugh arrive smile sneeze cough disappear sleep:slept fall:fell:fallen"),
-    dative=_verbs("give:gave:given send:sent lend:lent show:showed:shown"),
-    to_dative=_verbs("describe mention explain donate"),
-    takes_infinitive=_verbs("decide hope promise agree refuse"),
-    takes_gerund=_verbs("enjoy avoid finish suggest deny"),
-    near=("near", "behind", "beside"),
-    openings=(
-        "I think that",
-        "everyone knows that",
-        "it is clear that",
-        "someone said that",
-        "my boss said that",
+    "men": (
+        "boy king uncle nephew waiter man:men",
+        "father brother son prince actor",
     ),
-    times=("yesterday", "last week", "in the morning"),
-)
+    "people": (
+        "teacher student doctor neighbor artist lawyer farmer guest driver singer pilot child:children",
+        "professor nurse dentist engineer poet soldier tourist painter baker guard",
+    ),
+    "female_names": (
+        "Mary Susan Anna Linda Helen",
+        "Julia Emma Laura Karen Alice",
+    ),
+    "male_names": (
+        "John Peter David Robert Thomas",
+        "Frank Henry Paul Steven Kevin",
+    ),
+    "things": (
+        "chair lamp camera bicycle clock radio guitar toy computer mirror basket ladder ring suitcase blanket "
+        "painting key cabinet",
+        "table violin telescope necklace tent bracelet sofa piano scooter kettle umbrella printer phone wallet boat",
+    ),
+    "masses": (
+        "furniture equipment machinery",
+        "luggage clothing jewelry",
+    ),
+    "person_adjectives": (
+        "tired angry hungry polite famous nervous friendly busy",
+        "lonely proud quiet brave sick thirsty",
+    ),
+    "thing_adjectives": (
+        "old new broken dirty expensive small green",
+        "heavy cheap large beautiful useful strange",
+    ),
+    "comparatives": (
+        "tall:taller fast:faster rich:richer happy:happier kind:kinder",
+        "short:shorter young:younger lazy:lazier strong:stronger smart:smarter",
+    ),
+    "use": (
+        "repair damage examine touch receive carry grab:grabbed take:took:taken buy:bought find:found",
+        "destroy purchase discover inspect restore fetch obtain ruin",
+    ),
+    "use_without_goal": (
+        "repair damage examine touch find:found",
+        "destroy discover inspect ruin",
+    ),
+    "social": (
+        "invite visit thank ignore admire watch",
+        "hire greet follow support tease rescue",
+    ),
+    "reflexive": (
+        "admire praise blame trust defend",
+        "criticize respect protect hate understand:understood",
+    ),
+    "intransitive": (
+        "laugh arrive smile sneeze cough disappear sleep:slept fall:fell:fallen",
+        "yawn vanish shiver faint blush snore tremble weep:wept",
+    ),
+    "dative": (
+        "give:gave:given send:sent lend:lent show:showed:shown",
+        "offer hand sell:sold",
+    ),
+    "to_dative": (
+        "describe mention explain donate",
+        "reveal demonstrate surrender",
+    ),
+    "takes_infinitive": (
+        "decide hope promise agree refuse",
+        "threaten expect pretend manage",
+    ),
+    "takes_gerund": (
+        "enjoy avoid finish suggest deny",
+        "postpone admit:admitted imagine risk",
+    ),
+    "near": (
+        "near; behind; beside",
+        "next to; in front of",
+    ),
+    "openings": (
+        "I think that; everyone knows that; it is clear that; someone said that; my boss said that",
+        "we believe that; it is obvious that; people say that; they claimed that; the newspaper claimed that",
+    ),
+    "times": (
+        "yesterday; last week; in the morning",
+        "last night; on Monday; two days ago",
+    ),
+}
+GENDERS = {"women": "f", "men": "m"}
 
-OUT_OF_DOMAIN = Lexicon(
-    women=_nouns("mother sister daughter princess actress", "f"),
-    men=_nouns("father brother son prince actor", "m"),
-    people=_nouns("professor nurse dentist engineer poet soldier tourist painter baker guard"),
-    female_names=_words("Julia Emma Laura Karen Alice"),
-    male_names=_words("Frank Henry Paul Steven Kevin"),
-    things=_nouns(
-        "table violin telescope necklace tent bracelet sofa piano scooter kettle umbrella printer phone wallet boat"
-    ),
-    masses=_words("luggage clothing jewelry"),
-    person_adjectives=_words("lonely proud quiet brave sick thirsty"),
-    thing_adjectives=_words("heavy cheap large beautiful useful strange"),
-    comparatives=_words("short:shorter young:younger lazy:lazier strong:stronger smart:smarter"),
-    use=_verbs("destroy purchase discover inspect restore fetch obtain ruin"),
-    use_without_goal=_verbs("destroy discover inspect ruin"),
-    social=_verbs("hire greet follow support tease rescue"),
-    reflexive=_verbs("criticize respect protect hate understand:understood"),
-    intransitive=_verbs("yawn vanish shiver faint blush snore tremble weep:wept"),
-    dative=_verbs("offer hand sell:sold"),
-    to_dative=_verbs("reveal demonstrate surrender"),
-    takes_infinitive=_verbs("threaten expect pretend manage"),
-    takes_gerund=_verbs("postpone admit:admitted imagine risk"),
-    near=("next to", "in front of"),
-    openings=(
-        "we believe that",
-        "it is obvious that",
-        "people say that",
-        "they claimed that",
-        "the newspaper claimed that",
-    ),
-    times=("last night", "on Monday", "two days ago"),
-)
+
+def _read(kind: str, text: str) -> tuple[Any, ...]:
+    """The words of one kind, from how they are written in WORDS."""
+    if kind in ("women", "men", "people", "things"):
+        return _nouns(text, GENDERS.get(kind, "n"))
+    if kind in ("near", "openings", "times"):
+        return tuple(text.split("; "))
+    verbs = (
+        "use",
+        "use_without_goal",
+        "social",
+        "reflexive",
+        "intransitive",
+        "dative",
+        "to_dative",
+        "takes_infinitive",
+        "takes_gerund",
+    )
+    return _verbs(text) if kind in verbs else _words(text)
+
+
+IN_DOMAIN, OUT_OF_DOMAIN = (Lexicon(**{k: _read(k, texts[at]) for k, texts in WORDS.items()}) for at in (0, 1))
 
 
 # ------------------------------------------------------------------------------------------- phrases

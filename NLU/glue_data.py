@@ -14,7 +14,6 @@ sub-folders (CoLA/, SST-2/) does as well.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -28,6 +27,7 @@ import datasets
 
 from glue_tasks import HUB_DATASET, Task, get_task
 from vblora.hub import from_hub
+from vblora_experiments import text_files
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".json")
 
@@ -203,67 +203,35 @@ def _read_all(task: Task, paths: list[Path]) -> list[Example]:
 
 
 def _read(task: Task, path: Path) -> list[Example]:
-    try:
-        read = _read_json if path.suffix in (".jsonl", ".json") else _read_table
-        examples = read(task, path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    read = _read_json if path.suffix in (".jsonl", ".json") else _read_table
+    examples = read(task, path)
     if not examples:
         raise ValueError(f"{path}: no rows")
     return examples
 
 
 def _read_table(task: Task, path: Path) -> list[Example]:
-    """A .tsv or .csv file; utf-8-sig because MRPC's files start with a byte order mark."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".tsv":
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            reader = csv.reader(file, strict=True)
-        try:
-            lines = [(reader.line_num, fields) for fields in reader if fields]
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+    """A .tsv or .csv file; MRPC's start with a byte order mark."""
+    lines = list(text_files.read_table(path))
     if not lines:
         return []
     if task.name == "cola" and path.suffix == ".tsv" and not {"sentence", "sentence1"} & set(lines[0][1]):
         header, needed = ["source", "label", "mark", "sentence"], (["sentence"], "label")
+        if len(lines[0][1]) != len(header):
+            names, found = ", ".join(header), len(lines[0][1])
+            raise ValueError(f"{path}, line {lines[0][0]}: {found} columns instead of {len(header)} ({names})")
     else:
         header = lines.pop(0)[1]
+        text_files.check_header(path, header)
         needed = _columns(task, path, header)
-    examples = []
-    for number, fields in lines:
-        where = f"{path}, line {number}"
-        if len(fields) != len(header):
-            raise ValueError(f"{where}: {len(fields)} columns instead of {len(header)} ({', '.join(header)})")
-        examples.append(_pick(task, where, dict(zip(header, fields, strict=True)), needed))
-    return examples
+    rows = [(f"{path}, line {number}", dict(zip(header, fields, strict=True))) for number, fields in lines]
+    return [_pick(task, where, row, needed) for where, row in rows]
 
 
 def _read_json(task: Task, path: Path) -> list[Example]:
-    text = path.read_text(encoding="utf-8-sig")
-    records: list[tuple[str, Any]] = []
-    if text.lstrip().startswith("["):
-        try:
-            records = [(f"{path}, item {number}", item) for number, item in enumerate(json.loads(text), 1)]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {error.lineno}: {error.msg}") from None
-    else:
-        # Not splitlines(): it also cuts at characters such as U+2028, which JSON strings may hold as they
-        # are.
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                try:
-                    records.append((where, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: {error.msg}") from None
-    examples = []
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: not a JSON object")
-        examples.append(_pick(task, where, record, _columns(task, where, list(record))))
-    return examples
+    as_lines = not text_files.read_text(path).lstrip().startswith("[")
+    rows = text_files.read_json_rows(path, as_lines)
+    return [_pick(task, where, row, _columns(task, where, list(row))) for where, row in rows]
 
 
 def _columns(task: Task, where: object, header: list[str]) -> tuple[list[str], str]:

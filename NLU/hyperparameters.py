@@ -11,13 +11,12 @@ says in full. "minilm" is a small encoder for machines without a GPU; no paper h
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from encoders import MINILM
-from vblora_experiments.rows import check_names
+from vblora_experiments.rows import VBLORA, parts_of, print_row
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,7 @@ COMMON: dict[str, Any] = {
 }
 
 # The standard deviation of the logits is 0.01 in the authors' GLUE code and 0.1 in PEFT's default.
-VBLORA: dict[str, Any] = {
-    "method": "vblora",
-    "rank": 4,
-    "topk": 2,
-    "num_vectors": 90,
-    "vector_length": 256,
-    "init_logits_std": 0.01,
-    "init_vector_bank_bound": 0.02,  # the bank starts uniform between plus and minus this
-    "learning_rate_vector_bank": 1e-3,
-    "learning_rate_logits": 1e-2,
-}
+GLUE_VBLORA: dict[str, Any] = {**VBLORA, "num_vectors": 90, "init_logits_std": 0.01}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
     # LoRA's paper prints alpha 8 for base; every one of its scripts has 16, for both sizes.
@@ -73,8 +62,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "tied_lora_qv": {"method": "tied_lora", "targets": "qv", "rank": 8},
     "tied_lora_all": {"method": "tied_lora", "targets": "all", "rank": 2},
     "lora_xs": {"method": "lora_xs", "targets": LORA_XS_TARGETS, "rank": 25, "lora_alpha": 16},
-    "vblora_qv": {**VBLORA, "targets": "qv"},
-    "vblora_all": {**VBLORA, "targets": "all"},
+    "vblora_qv": {**GLUE_VBLORA, "targets": "qv"},
+    "vblora_all": {**GLUE_VBLORA, "targets": "all"},
 }
 # Where a method's own setting depends on the model.
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
@@ -176,14 +165,12 @@ SETTINGS: dict[tuple[str, str], Columns] = {
 }
 
 
+NAMES = {"model": list(MODELS), "task": list(TASKS), "method": list(METHODS)}
+
+
 def row(name: str) -> dict[str, Any]:
     """The flags of run_glue.py for one row, MODEL/TASK/METHOD, by name."""
-    if name.count("/") != 2:
-        raise ValueError(f"a row is MODEL/TASK/METHOD, for example roberta_base/cola/vblora_all, not {name!r}")
-    model, task, method = name.split("/")
-    check_names("model", [model], list(MODELS))
-    check_names("task", [task], TASKS)
-    check_names("method", [method], list(METHODS))
+    model, task, method = parts_of(name, NAMES)
     flags = {flag: v for flag, v in MODELS[model].flags.items() if method != "full" or flag != "head"}
     columns = SETTINGS[model, method.removesuffix("_qv").removesuffix("_all")]
     return {
@@ -200,22 +187,7 @@ def row(name: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    usage = "usage: hyperparameters.py MODEL/TASK/METHOD"
-    names = f"models: {', '.join(MODELS)}; tasks: {', '.join(TASKS)}; methods: {', '.join(METHODS)}"
-    if list(arguments) in (["-h"], ["--help"]):
-        print(usage + "\n" + names.replace("; ", "\n"))
-        return 0
-    try:
-        if len(arguments) != 1:
-            raise ValueError(f"{usage}; {names}")
-        flags = row(arguments[0])
-    except ValueError as error:
-        print(f"hyperparameters.py: {error}", file=sys.stderr)
-        return 2
-    for name, value in flags.items():
-        print(f"--{name} {value}")
-    return 0
+    return print_row("hyperparameters.py", row, NAMES, arguments)
 
 
 if __name__ == "__main__":

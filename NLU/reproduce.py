@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import table
 from experiments import ABLATIONS, EXPERIMENTS, TABLE_1, TABLE_1_MODELS, Trial, ablation, table1
 from glue_tasks import TASKS as GLUE_TASKS
 from hyperparameters import METHODS, MODELS, TASKS, row
-from vblora.io import read_json, replacing
+from vblora.io import read_json
 from vblora.models import RECORD_FILE
 from vblora_experiments import campaign, commands, records, schedule
 from vblora_experiments.rows import check_names
@@ -43,6 +42,7 @@ class Glue(campaign.Campaign):
     description = str(__doc__)
     runs = ROOT / "runs" / "glue"
     kind = "glue"
+    script = ROOT / "NLU" / "run_glue.py"
     filters = ("sizes", "tasks", "methods", "variants", "seeds")
     folders = ("glue_dir", "models_dir")
     own_flags = campaign.Campaign.own_flags | {"task", "start_from", "bank_from", "form"}
@@ -92,11 +92,6 @@ class Glue(campaign.Campaign):
             if options.models_dir and trial.model != "minilm" and not (options.models_dir / name).is_dir():
                 raise ValueError(f"--models_dir {options.models_dir} has no folder {name}")
 
-    def check_flags(self, command: list[str]) -> None:
-        import run_glue  # takes seconds, as transformers does
-
-        run_glue.parse(command)
-
     def estimate(self, trial: Trial, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
         of_row = [r for r in found if r.get("row") == trial.row]
         alike = of_row or [r for r in found if (r.get("row") or "").startswith(f"{trial.model}/{trial.task}/")]
@@ -113,7 +108,7 @@ class Glue(campaign.Campaign):
         return printed * epochs / vb_epochs, "paper: VB-LoRA on an A100, padded to the maximum"
 
     def job(self, trial: Trial, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        command = [sys.executable, str(ROOT / "NLU" / "run_glue.py"), "--row", trial.row, "--seed", str(trial.seed)]
+        command = [sys.executable, str(self.script), "--row", trial.row, "--seed", str(trial.seed)]
         command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
         if options.glue_dir is not None:
             command += ["--data_dir", str(options.glue_dir / GLUE_TASKS[trial.task].folder)]
@@ -140,15 +135,9 @@ class Glue(campaign.Campaign):
             return None
         return table.render_cells(cells, options.experiment, options.format, extra)
 
-    def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
+    def kept(self, trial: Trial, run: str) -> dict[str, str]:
         """The selections of seed 0, which the figures are made from."""
-        log = record_file.parent / records.SELECTIONS_FILE
-        if record_file.name != RECORD_FILE:  # collected before
-            log = record_file.parent / "selections" / f"{trial.name}.safetensors"
-        kept = folder / "selections" / f"{trial.name}.safetensors"
-        if trial.seed == 0 and log.exists() and log != kept:
-            with replacing(kept) as temporary:
-                shutil.copyfile(log, temporary)
+        return {records.SELECTIONS_FILE: f"selections/{trial.name}.safetensors"} if trial.seed == 0 else {}
 
 
 def main(arguments: list[str]) -> None:

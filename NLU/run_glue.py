@@ -14,7 +14,6 @@ trainer's last checkpoint.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    HfArgumentParser,
     TrainingArguments,
     set_seed,
 )
@@ -44,7 +42,8 @@ from vblora.shapes import FLOAT32_BYTES, Count
 from vblora.switch import Adapted, AnyAdapter, apply_method
 from vblora.trainer import AdapterTrainer, KeepBest
 from vblora_experiments import commands, records, runs
-from vblora_experiments.arguments import MethodArguments, with_row
+from vblora_experiments.arguments import MethodArguments
+from vblora_experiments.command_line import Script, Settings, StartArguments
 from vblora_experiments.selection_log import SelectionLog
 
 # What a run does unless told otherwise: one evaluation and one checkpoint per epoch.
@@ -62,6 +61,12 @@ DEFAULTS: dict[str, Any] = {
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "glue"
 
 
+def place(known: Any) -> Path:
+    """The output folder of a run, unless --output_dir gives it."""
+    name = f"{model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
+    return RUNS / name.replace("/", "_")
+
+
 @dataclass
 class GlueArguments:
     """The task, its data and the model."""
@@ -73,9 +78,6 @@ class GlueArguments:
     )
     targets: str = field(
         default="all", metadata={"help": f"layers to adapt: {' or '.join(TARGETS)}, or a regular expression"}
-    )
-    row: str | None = field(
-        default=None, metadata={"help": "MODEL/TASK/METHOD: take the flags of this row of hyperparameters.py"}
     )
     start_from: str | None = field(
         default=None, metadata={"help": "start from the adapter in this folder, such as an MNLI run's best/"}
@@ -97,11 +99,38 @@ class GlueArguments:
     )
 
 
+SCRIPT = Script(
+    "run_glue.py", (GlueArguments, MethodArguments, TrainingArguments), DEFAULTS, row, place, description=str(__doc__)
+)
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Run, and return the record."""
-    glue, method, training = parse(arguments)
-    task = get_task(glue.task)
-    out = Path(str(training.output_dir))
+    """Run, and return the record; with --plan show what the run resolves, and return nothing."""
+    return run(read(arguments))
+
+
+def read(arguments: list[str]) -> Settings:
+    """The settings of a command line, checked."""
+    settings = SCRIPT.read(arguments)
+    _check(*_parts(settings))
+    return settings
+
+
+def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
+    """The settings of a command line, one object for each kind of flags."""
+    return _parts(read(arguments))
+
+
+def _parts(settings: Settings) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
+    return settings.of(GlueArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """One run, unless it is finished already; its record."""
+    if settings.show():
+        return {}
+    glue, method, training = _parts(settings)
+    task, out = get_task(glue.task), settings.output_dir
     data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
     plan = make_plan(glue, method, training, data)
     if done := runs.begin(out, plan):
@@ -117,32 +146,18 @@ def main(arguments: list[str]) -> dict[str, Any]:
     if not trainer.is_world_process_zero():
         return {}
     adapted.adapter.save(str(out / "last"), form=glue.form)
-    record = make_record(plan, task, data, trainer, out) | {"row": glue.row, "overrides": runs.overrides(arguments)}
+    record = make_record(plan, task, data, trainer, out)
+    record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
     runs.finish(out, record)
     print(_summary(record))
     return record
 
 
-def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
-    """The arguments, after the row they name and this script's defaults."""
-    arguments = with_row(arguments, row)
-    kinds: Any = (GlueArguments, MethodArguments, TrainingArguments)
-    parser = commands.one_line_errors(HfArgumentParser(kinds))
-    parser.set_defaults(**DEFAULTS)
-    known = parser.parse_args(arguments)
-    if known.output_dir is None:
-        name = f"{model_name(known.model_name_or_path)}_{known.task}_{known.targets}_{known.method}_seed{known.seed}"
-        arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
-    glue, method, training = parser.parse_args_into_dataclasses(arguments)
-    _check(glue, method, training)
+def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArguments) -> None:
+    """Refuse before anything is loaded what would fail, or do nothing, after the training."""
     # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
     # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
     training._n_gpu = min(training.n_gpu, 1)
-    return glue, method, training
-
-
-def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArguments) -> None:
-    """Refuse before anything is loaded what would fail, or do nothing, after the training."""
     if training.eval_strategy == "no":
         raise ValueError("--eval_strategy no leaves nothing to record: the scores come from the evaluations")
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
@@ -283,5 +298,4 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "run_glue")

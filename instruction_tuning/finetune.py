@@ -15,26 +15,14 @@ its last checkpoint. Several GPUs: `accelerate launch` with a file of configs/, 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 from instruct_rows import row
 from vblora_experiments import commands, instruct
 
-FOLDER = instruct.Folder(
-    name="finetune.py",
-    defaults={"form": "alpaca", "data": "yahma/alpaca-cleaned"},
-    row=row,
-    runs=Path(__file__).resolve().parents[1] / "runs" / "instruct",
-)
-
-
-def main(arguments: list[str]) -> dict[str, Any]:
-    """Train, and return what training.json holds."""
-    return instruct.main(arguments, FOLDER)
-
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "instruct"
+FOLDER = instruct.Folder("finetune.py", {"form": "alpaca", "data": "yahma/alpaca-cleaned"}, row, RUNS, str(__doc__))
+main = FOLDER.main
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "finetune")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vblora_experiments.rows import Model, Rows
+from vblora_experiments.rows import VBLORA, Model, Rows
 
 COMMON: dict[str, Any] = {
     "data": "yahma/alpaca-cleaned",
@@ -60,17 +60,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 64, "lora_alpha": 16, "learning_rate": 4e-4, **PAGED},
     "vera": {"method": "vera", "rank": 1024, "learning_rate": 4e-3, **PAGED},
     "lora_xs": {"method": "lora_xs", "rank": 64, "lora_alpha": 64, "learning_rate": 4e-3, **PAGED},
-    "vblora": {
-        "method": "vblora",
-        "rank": 4,
-        "topk": 2,
-        "num_vectors": 2048,
-        "vector_length": 256,
-        "init_logits_std": 0.1,  # PEFT's default, which the authors' scripts leave as it is
-        "init_vector_bank_bound": 0.02,
-        "learning_rate_vector_bank": 1e-3,
-        "learning_rate_logits": 1e-2,
-    },
+    # The standard deviation is PEFT's default, which the authors' scripts leave as it is.
+    "vblora": {**VBLORA, "num_vectors": 2048, "init_logits_std": 0.1},
 }
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama2_13b", "vblora"): {"rank": 6},

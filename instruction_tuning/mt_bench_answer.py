@@ -17,9 +17,10 @@ at each question: FastChat's way, whose first choice is seed 0.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,37 @@ TEMPLATES = ("auto", "chat", "alpaca")
 INSTRUCTION = "### Instruction:"
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is answered by what; each field is the flag of its name."""
+
+    model: str
+    model_id: str
+    output: Path = Path("data/mt_bench")
+    bench_dir: Path | None = None
+    adapter: Path | None = None
+    model_name_or_path: str | None = None
+    template: str = "auto"
+    max_new_tokens: int = 1024
+    seed: int = 0
+    bits: int | None = None
+    dtype: str | None = None
+    questions: Sequence[int] | None = None
+    max_questions: int | None = None
+
+    def __post_init__(self) -> None:
+        commands.check_least(self, max_new_tokens=1, max_questions=1)
+        if self.dtype not in (None, "auto"):
+            models.torch_dtype(str(self.dtype))
+
+
 def main(arguments: list[str]) -> Path:
     """Answer what has no answer yet, and return the file of answers."""
-    options = parse(arguments)
+    return answer_questions(parse(arguments))
+
+
+def answer_questions(options: Options) -> Path:
+    """Answer what has no answer yet; the file of answers."""
     tuned = Tuned.of(
         options.model,
         adapter=options.adapter,
@@ -67,7 +96,7 @@ def main(arguments: list[str]) -> Path:
     return target
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> Options:
     parser = commands.one_line_errors(
         argparse.ArgumentParser(
             prog="mt_bench_answer.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,29 +104,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="a model on the hub, its folder, or that of a run")
     parser.add_argument("--model_id", required=True, help="what the answers' model is called, in the files too")
-    parser.add_argument("--output", type=Path, default=Path("data/mt_bench"), help="data/mt_bench unless given")
+    parser.add_argument("--output", type=Path, help="data/mt_bench unless given")
     parser.add_argument("--bench_dir", type=Path, help="folder with MT-Bench's files; downloaded once unless given")
     parser.add_argument("--adapter", type=Path, help="folder of an adapter: this project's or PEFT's")
     parser.add_argument("--model_name_or_path", help="a run's base model; as in training unless given")
-    parser.add_argument("--template", choices=TEMPLATES, default="auto", help="auto: as said above")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of a turn at most")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--template", choices=TEMPLATES, help="auto: as said above")
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of a turn at most")
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--bits", type=int, choices=models.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or auto: as it is kept")
     parser.add_argument("--questions", type=int, nargs="+", metavar="ID", help="answer these only")
     parser.add_argument(
         "--max_questions", type=int, metavar="N", help="answer N of them, evenly spaced over the categories"
     )
-    options = parser.parse_args(arguments)
-    for name in ("max_new_tokens", "max_questions"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    if options.dtype not in (None, "auto"):
-        models.torch_dtype(options.dtype)
-    return options
+    return commands.parsed(parser, Options, arguments)
 
 
-def chosen(questions: dict[int, Question], ids: list[int] | None, most: int | None) -> list[Question]:
+def chosen(questions: dict[int, Question], ids: Sequence[int] | None, most: int | None) -> list[Question]:
     """The questions asked for; all unless some are."""
     if unknown := sorted(set(ids or ()) - questions.keys()):
         raise ValueError(
@@ -239,5 +262,4 @@ class Says(StoppingCriteria):
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "mt_bench_answer")

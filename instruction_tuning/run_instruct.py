@@ -11,9 +11,8 @@ what finetune.py writes, the answers and judgments in mt_bench/, and record.json
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +21,59 @@ import mt_bench
 import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
-from instruct_rows import row
-from vblora_experiments import commands, instruct, runs
-from vblora_experiments.arguments import with_row
+from vblora_experiments import commands, instruct, runs, training_run
+from vblora_experiments.command_line import StartArguments
 from vblora_experiments.instruct import Run
 
 
+@dataclass
+class BenchArguments:
+    """How MT-Bench is answered and judged."""
+
+    bench_dir: str | None = field(
+        default=None, metadata={"help": "folder with MT-Bench's files; downloaded once unless given"}
+    )
+    max_questions: int | None = field(
+        default=None, metadata={"help": "answer this many questions, evenly spaced over the categories"}
+    )
+    max_new_tokens: int = field(default=1024, metadata={"help": "tokens of an answer at most"})
+    judge: str | None = field(
+        default=None, metadata={"help": "the judging model's name at the endpoint, such as gpt-4; nobody unless given"}
+    )
+    judge_workers: int = field(default=1, metadata={"help": "requests under way at a time"})
+
+
+SCRIPT = finetune.FOLDER.script("run_instruct.py", BenchArguments, description=str(__doc__))
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Run, and return the record; with --plan what finetune.py returns."""
-    own, rest = parse(arguments)
-    run = instruct.parse(rest, finetune.FOLDER)
-    if run.instruct.plan:
-        return finetune.main(rest)
-    out = Path(str(run.training.output_dir))
-    bench = mt_bench.Bench.of(own.bench_dir)  # before the training: a wrong folder would be found hours later
+    """Run, and return the record; with --plan print and return what finetune.py estimates."""
+    one = parse(arguments)
+    return instruct.planned(one) if one.settings.show() else run(one)
+
+
+def parse(arguments: list[str]) -> Run:
+    """The settings of a command line, checked."""
+    one = Run(SCRIPT.read(arguments))
+    commands.check_least(one.settings.of(BenchArguments), max_questions=1, max_new_tokens=1, judge_workers=1)
+    return one
+
+
+def run(one: Run) -> dict[str, Any]:
+    """Train, answer and judge, as far as that is not done; the record."""
+    own, out = one.settings.of(BenchArguments), one.settings.output_dir
+    bench = mt_bench.Bench.of(folder_of(own))  # before the training: a wrong folder would be found hours later
     bench.questions()
     if own.judge is not None:
-        mt_bench_judge.Endpoint.from_environment(mt_bench_judge.parse(judging(out, own)))
-    trained = finetune.main([*rest, "--output_dir", str(out)])
+        mt_bench_judge.endpoint_of(judging(out, own))
+    trained = instruct.train(one)
     if not trained:  # another process of this run writes
         return {}
     testing = {"max_questions": own.max_questions, "max_new_tokens": own.max_new_tokens}
     record = runs.finished(out, "testing", testing)
     if record is None:
-        record = make_record(out, trained, testing, answer(out, run, own))
-        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+        record = make_record(out, trained, testing, answer(out, one, own))
+        record |= {"row": one.settings.of(StartArguments).row, "overrides": one.settings.overrides}
         runs.finish(out, record)
     if own.judge is not None and own.judge not in record["scores"]:
         record["scores"][own.judge] = judge(out, own, bench)
@@ -55,28 +82,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This script's own flags, and finetune.py's."""
-    arguments = with_row(arguments, row)
-    parser = commands.one_line_errors(
-        argparse.ArgumentParser(
-            prog="run_instruct.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-    )
-    parser.allow_abbrev = False
-    parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of instruct_rows.py")
-    parser.add_argument("--bench_dir", type=Path, help="folder with MT-Bench's files; downloaded once unless given")
-    parser.add_argument(
-        "--max_questions", type=int, help="answer this many questions, evenly spaced over the categories"
-    )
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
-    parser.add_argument("--judge", help="the judging model's name at the endpoint, such as gpt-4; nobody unless given")
-    parser.add_argument("--judge_workers", type=int, default=1, help="requests under way at a time")
-    own, rest = parser.parse_known_args(arguments)
-    for name in ("max_questions", "max_new_tokens", "judge_workers"):
-        if (value := getattr(own, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    return own, rest
+def folder_of(own: BenchArguments) -> Path | None:
+    return None if own.bench_dir is None else Path(own.bench_dir)
 
 
 def answers_of(out: Path) -> Path:
@@ -84,26 +91,33 @@ def answers_of(out: Path) -> Path:
     return mt_bench.answers_file(out / "mt_bench", out.resolve().name)
 
 
-def answer(out: Path, run: Run, own: argparse.Namespace) -> float:
+def answer(out: Path, one: Run, own: BenchArguments) -> float:
     """Answer the questions; the seconds that it took."""
     began = time.monotonic()
-    command = [str(out), "--model_id", out.resolve().name, "--output", str(out / "mt_bench")]
-    command += ["--model_name_or_path", run.instruct.model_name_or_path, "--max_new_tokens", str(own.max_new_tokens)]
-    command += ["--bench_dir", str(own.bench_dir)] if own.bench_dir else []
-    command += ["--max_questions", str(own.max_questions)] if own.max_questions else []
-    mt_bench_answer.main(command)
+    mt_bench_answer.answer_questions(
+        mt_bench_answer.Options(
+            str(out),
+            out.resolve().name,
+            out / "mt_bench",
+            model_name_or_path=one.instruct.model_name_or_path,
+            bench_dir=folder_of(own),
+            max_new_tokens=own.max_new_tokens,
+            max_questions=own.max_questions,
+        )
+    )
     return round(time.monotonic() - began, 1)
 
 
-def judging(out: Path, own: argparse.Namespace) -> list[str]:
-    """The arguments of mt_bench_judge.py."""
-    command = [str(answers_of(out)), "--judge", own.judge, "--yes", "--workers", str(own.judge_workers)]
-    return command + (["--bench_dir", str(own.bench_dir)] if own.bench_dir else [])
+def judging(out: Path, own: BenchArguments) -> mt_bench_judge.Options:
+    """How the answers are judged."""
+    assert own.judge is not None
+    folder, workers = folder_of(own), own.judge_workers
+    return mt_bench_judge.Options([answers_of(out)], judge=own.judge, bench_dir=folder, yes=True, workers=workers)
 
 
-def judge(out: Path, own: argparse.Namespace, bench: mt_bench.Bench) -> dict[str, Any]:
+def judge(out: Path, own: BenchArguments, bench: mt_bench.Bench) -> dict[str, Any]:
     """Have the answers judged; the mean ratings, by turn."""
-    judgments = mt_bench.read_judgments(mt_bench_judge.main(judging(out, own)))
+    judgments = mt_bench.read_judgments(mt_bench_judge.judge_answers(judging(out, own)))
     answers = mt_bench.read_answers(answers_of(out))
     scores: dict[str, Any] = {}
     for turn in (1, 2):
@@ -123,18 +137,13 @@ def judge(out: Path, own: argparse.Namespace, bench: mt_bench.Bench) -> dict[str
 
 def make_record(out: Path, trained: dict[str, Any], testing: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Everything there is to know of the run; nobody has judged it yet."""
-    settings = trained["settings"]
     return {
-        "experiment": "instruct",
-        "model": settings["model_name_or_path"],
-        "method": settings["method"],
-        "seed": settings["seed"],
-        **trained,
+        **training_run.heading("instruct", trained),
         "testing": testing,
         "answers": len(mt_bench.read_answers(answers_of(out))),
         "answer_seconds": seconds,
         "scores": {},  # by judge
-        "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
+        "bytes_on_disk": training_run.bytes_on_disk(out),
     }
 
 
@@ -147,5 +156,4 @@ def summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "run_instruct")

@@ -10,26 +10,16 @@ or with `--form gsm8k` GSM8K's own, whose answers are brought to MetaMathQA's fo
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
 from math_rows import row
 from vblora_experiments import commands, instruct
 
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "math"
 FOLDER = instruct.Folder(
-    name="finetune_math.py",
-    defaults={"form": "metamath", "data": "meta-math/MetaMathQA"},
-    row=row,
-    runs=Path(__file__).resolve().parents[1] / "runs" / "math",
+    "finetune_math.py", {"form": "metamath", "data": "meta-math/MetaMathQA"}, row, RUNS, str(__doc__)
 )
-
-
-def main(arguments: list[str]) -> dict[str, Any]:
-    """Train, and return what training.json holds."""
-    return instruct.main(arguments, FOLDER)
-
+main = FOLDER.main
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "finetune_math")

@@ -12,11 +12,12 @@ Type and level may be missing. In place of a file, the names in HUB stand for th
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from vblora_experiments.text_files import parsed_json
 
 KINDS = ("gsm8k", "math")
 # Name on the hub to the kind and its parts; each row of MATH's parts carries its own type and level.
@@ -83,14 +84,14 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     if path.suffix.lower() == ".json":
-        rows = _parsed(text, str(path))
+        rows = parsed_json(text, str(path))
         if not isinstance(rows, list):
             raise ValueError(f"{path}: not a JSON list; rows on lines of their own belong in a .jsonl file")
         yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1):
         if line.strip():
-            yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
+            yield f"{path}, line {number}", parsed_json(line, f"{path}, line {number}")
 
 
 def last_box(text: str) -> str | None:
@@ -127,13 +128,6 @@ def _closing_braces(text: str) -> dict[int, int]:
         elif found.group() == "}" and opened:
             ends[opened.pop()] = found.start()
     return ends
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
 
 
 def _from_hub(name: str) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Accuracy of outputs on GSM8K or MATH by both rules; score.py is the command for it."""
+"""Accuracy of outputs on GSM8K or MATH by both rules; score_math.py is the command for it."""
 
 from __future__ import annotations
 

@@ -14,20 +14,15 @@ are. Run it again to go on: what has a record is not run again, what was interru
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import math_paper
-from math_rows import METHODS, MODELS, ROWS, row
-from vblora.io import replacing
-from vblora.models import RECORD_FILE
-from vblora_experiments import campaign, commands, runs, tables
-from vblora_experiments.rows import check_names
-from vblora_experiments.runs import real_flags
+from math_rows import MODELS, ROWS
+from vblora_experiments import campaign, commands, tables
+from vblora_experiments.campaign import Groups, RowTrial
+from vblora_experiments.tables import deviation_of, difference, mean_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("mistral_7b", "gemma_7b")
@@ -37,87 +32,39 @@ MODEL_TITLES = {"mistral_7b": "Mistral-7B", "gemma_7b": "Gemma-7B", "smollm2_135
 RULES = ("authors", "corrected")
 
 
-@dataclass(frozen=True)
-class Trial(runs.Trial):
-    """A row MODEL/METHOD for one seed, scored on some sets."""
-
-    def row_flags(self) -> dict[str, Any]:
-        return row(self.row)
-
-
 class Mathematics(campaign.RowCampaign):
     """Table 4."""
 
     description = str(__doc__)
     rows = ROWS
+    experiment = "table4"
+    models = campaign.by_own_names(MODELS)
+    chosen = (PAPER_MODELS, PAPER_METHODS, [0])
     script = ROOT / "math_instruction_tuning" / "run_math.py"
-    passed_on = ("data", "gsm8k", "math")
+    passed_on = files = ("data", "gsm8k", "math")
     runs = ROOT / "runs" / "math"
     kind = "math"
     filters = ("models", "methods", "seeds")
     folders = ("models_dir",)
     own_flags = campaign.Campaign.own_flags | {"data", "gsm8k", "math", "form"}
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("experiment", choices=["table4"])
-        parser.add_argument("--models", nargs="+", choices=MODELS, default=list(PAPER_MODELS))
-        parser.add_argument("--methods", nargs="+", default=list(PAPER_METHODS), help=f"of {' '.join(METHODS)}")
-        parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="0 unless given")
+    def add_places(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", help="a file of the problems to train on, not the hub")
         parser.add_argument("--gsm8k", help="a file with GSM8K's test problems, not the hub; or none")
         parser.add_argument("--math", help="a file with MATH's test problems, not the hub; or none")
 
-    def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Trial]:
-        check_names("method", options.methods, list(METHODS))
-        sets = tuple(name for name in math_paper.SETS if getattr(options, name) != "none")
-        return [
-            Trial(f"{model}/{method}", seed=seed, extra=real_flags(extra), scores=sets)
-            for seed in options.seeds
-            for model in options.models
-            for method in options.methods
-        ]
+    def scores(self, options: argparse.Namespace) -> tuple[str, ...]:
+        return tuple(name for name in math_paper.SETS if getattr(options, name) != "none")
 
-    def check_places(self, trials: Sequence[Trial], options: argparse.Namespace) -> None:
-        for flag in ("data", "gsm8k", "math") if trials else ():
-            place = getattr(options, flag)
-            if place not in (None, "none") and not Path(place).is_file():
-                raise ValueError(f"--{flag} {place}: no such file")
-        super().check_places(trials, options)
+    def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
+        return CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()]
 
-    def check_flags(self, command: list[str]) -> None:
-        import finetune_math
-        import run_math  # takes seconds, as transformers does
-        from vblora_experiments import instruct
+    def lines(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], tables.Lines, list[str]]:
+        return HEADER, [line for name, group in groups.items() for line in _lines(name, group)], []
 
-        own, rest = run_math.parse(command)
-        instruct.parse(rest, finetune_math.FOLDER)
-        run_math.check_sets(own)
-
-    def table(
-        self,
-        trials: Sequence[Trial],
-        found: Sequence[dict[str, Any]],
-        options: argparse.Namespace,
-        extra: Mapping[str, str],
-    ) -> str | None:
-        groups = campaign.records_of(trials, found)
-        if not groups:
-            return None
-        if options.format == "csv":
-            return tables.as_csv(CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()])
-        lines = [line for name, group in groups.items() for line in _lines(name, group)]
-        return tables.render(HEADER, lines, options.format, campaign.note_of(extra))
-
-    def keep(self, trial: Trial, record_file: Path, folder: Path) -> None:
+    def kept(self, trial: RowTrial, run: str) -> dict[str, str]:
         """The answers, so that anybody can score them again."""
-        for name in math_paper.SETS:
-            answers = record_file.parent / f"{name}.jsonl"
-            if record_file.name != RECORD_FILE:  # collected before
-                answers = record_file.parent / "answers" / f"{trial.name}_{name}.jsonl"
-            kept = folder / "answers" / f"{trial.name}_{name}.jsonl"
-            if answers.exists() and answers != kept:
-                with replacing(kept) as temporary:
-                    shutil.copyfile(answers, temporary)
+        return {f"{name}.jsonl": f"answers/{trial.name}_{name}.jsonl" for name in math_paper.SETS}
 
 
 def _accuracies(group: Sequence[dict[str, Any]], name: str, rule: str) -> list[float]:
@@ -139,8 +86,8 @@ def _lines(name: str, group: Sequence[dict[str, Any]]) -> tables.Lines:
     """A row's means over the seeds; the paper's, and the differences, where it has any."""
     model, method = name.split("/")
     own = [_accuracies(group, one, rule) for rule in RULES for one in math_paper.SETS]
-    means = [mean(values) if values else None for values in own]
-    deviations = [stdev(values) if len(values) > 1 else None for values in own]
+    means = [mean_of(values) for values in own]
+    deviations = [deviation_of(values) for values in own]
     count = tables.count(group[0]["stored_parameters"]["parameters"])
     unparsed = [_unparsed(group, one) for one in math_paper.SETS]
     lines = [
@@ -149,7 +96,7 @@ def _lines(name: str, group: Sequence[dict[str, Any]]) -> tables.Lines:
         + [", ".join(one for one in unparsed if one)]
     ]
     if printed := math_paper.TABLE_4.get((model, method)):
-        differences = [None if m is None else m - p for m, p in zip(means, printed, strict=False)]
+        differences = [difference(*pair) for pair in zip(means, printed, strict=False)]
         count = f"{math_paper.PARAMETERS[model, method]:g}M"
         lines += [
             ["", "", count, "paper", *(tables.number(value, digits=2) for value in printed), "", "", ""],
@@ -165,7 +112,7 @@ CSV_HEADER = ["model", "method", "parameters", "seeds", *COLUMNS, *(f"{one}_pape
 def _csv_row(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
     model, method = name.split("/")
     own = [_accuracies(group, one, rule) for rule in RULES for one in math_paper.SETS]
-    values = [mean(one) if one else None for one in own]
+    values = [mean_of(one) for one in own]
     printed = math_paper.TABLE_4.get((model, method), (None, None))
     return [model, method, group[0]["stored_parameters"]["parameters"], len(group), *values, *printed]
 

@@ -11,47 +11,77 @@ that has a record is not run again, but for sets that it lacks; one that was int
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import finetune_math
 import math_references
 import math_scores
 import solve
-from math_rows import row
 from vblora.sampling import spaced
-from vblora_experiments import commands, instruct, runs
-from vblora_experiments.arguments import with_row
+from vblora_experiments import commands, instruct, runs, training_run
+from vblora_experiments.command_line import StartArguments
 from vblora_experiments.instruct import Run
 
 SETS = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math"}
 NONE = "none"
 
 
+@dataclass
+class ProblemArguments:
+    """Which problems are answered, and how."""
+
+    gsm8k: str = field(default=SETS["gsm8k"], metadata={"help": f"test problems: a file, {SETS['gsm8k']}, or none"})
+    math: str = field(default=SETS["math"], metadata={"help": f"test problems: a file, {SETS['math']}, or none"})
+    test_samples: int | None = field(
+        default=None, metadata={"help": "answer this many problems of each set, evenly spaced"}
+    )
+    max_new_tokens: int = field(default=1024, metadata={"help": "tokens of an answer at most"})
+    engine: Literal["transformers", "vllm"] = field(
+        default="transformers", metadata={"help": "what writes the answers"}
+    )
+    solve_batch_size: int = field(default=16, metadata={"help": "problems at a time; vLLM has its own"})
+
+
+SCRIPT = finetune_math.FOLDER.script("run_math.py", ProblemArguments, description=str(__doc__))
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Run, and return the record; with --plan what finetune_math.py returns."""
-    own, rest = parse(arguments)
-    run = instruct.parse(rest, finetune_math.FOLDER)
-    if run.instruct.plan:
-        return finetune_math.main(rest)
-    out = Path(str(run.training.output_dir))
-    check_sets(own)
-    trained = finetune_math.main([*rest, "--output_dir", str(out)])
+    """Run, and return the record; with --plan print and return what finetune_math.py estimates."""
+    one = parse(arguments)
+    return instruct.planned(one) if one.settings.show() else run(one)
+
+
+def parse(arguments: list[str]) -> Run:
+    """The settings of a command line, checked. The test problems too: a wrong file would be found hours later."""
+    one = Run(SCRIPT.read(arguments))
+    own = one.settings.of(ProblemArguments)
+    for name in SETS if not one.settings.of(StartArguments).plan else ():
+        if (place := getattr(own, name)) != NONE and place not in math_references.HUB:
+            math_references.read(place, name)
+    commands.check_least(own, test_samples=1, max_new_tokens=1, solve_batch_size=1)
+    return one
+
+
+def run(one: Run) -> dict[str, Any]:
+    """Train, answer and score, as far as that is not done; the record."""
+    own, out = one.settings.of(ProblemArguments), one.settings.output_dir
+    trained = instruct.train(one)
     if not trained:  # another process of this run writes
         return {}
     testing = {"test_samples": own.test_samples, "max_new_tokens": own.max_new_tokens, "engine": own.engine}
     record = runs.finished(out, "testing", testing)
     if record is None:
         record = make_record(out, trained, testing)
-        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+        record |= {"row": one.settings.of(StartArguments).row, "overrides": one.settings.overrides}
     for name in SETS:
         if getattr(own, name) == NONE:
             continue
         if name not in record["scores"]:
-            record["scores"][name] = test(name, out, run, own)
+            record["scores"][name] = test(name, out, one, own)
             runs.finish(out, record)
         elif record["scores"][name]["fingerprint"] != solve.fingerprint(problems_of(name, own)):
             raise ValueError(f"{out} holds scores of other problems than --{name}: give another --output_dir")
@@ -59,67 +89,40 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return record
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This script's own flags, and finetune_math.py's."""
-    arguments = with_row(arguments, row)
-    parser = commands.one_line_errors(
-        argparse.ArgumentParser(
-            prog="run_math.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def test(name: str, out: Path, one: Run, own: ProblemArguments) -> dict[str, Any]:
+    """Both scores of one set, and the seconds that its answers took."""
+    began = time.monotonic()
+    target = solve.solve(
+        solve.Options(
+            str(out),
+            getattr(own, name),
+            model_name_or_path=one.instruct.model_name_or_path,
+            engine=own.engine,
+            max_new_tokens=own.max_new_tokens,
+            batch_size=own.solve_batch_size,
+            max_samples=own.test_samples,
         )
     )
-    parser.allow_abbrev = False
-    parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of math_rows.py")
-    for name, place in SETS.items():
-        parser.add_argument(f"--{name}", default=place, help=f"test problems: a file, {place}, or none")
-    parser.add_argument("--test_samples", type=int, help="answer this many problems of each set, evenly spaced")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--solve_batch_size", type=int, default=16)
-    own, rest = parser.parse_known_args(arguments)
-    return own, rest
-
-
-def check_sets(own: argparse.Namespace) -> None:
-    """Look at the test problems before the training: a wrong file would be found hours later."""
-    for name in SETS:
-        if (place := getattr(own, name)) != NONE and place not in math_references.HUB:
-            math_references.read(place, name)
-    for name in ("test_samples", "max_new_tokens", "solve_batch_size"):
-        if (value := getattr(own, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-
-
-def test(name: str, out: Path, run: Run, own: argparse.Namespace) -> dict[str, Any]:
-    """Both scores of one set, and the seconds that its answers took."""
-    began, place = time.monotonic(), getattr(own, name)
-    command = [str(out), place, "--model_name_or_path", run.instruct.model_name_or_path, "--engine", own.engine]
-    command += ["--max_new_tokens", str(own.max_new_tokens), "--batch_size", str(own.solve_batch_size)]
-    command += [] if own.test_samples is None else ["--max_samples", str(own.test_samples)]
-    answers = math_scores.read_outputs(solve.main(command))
+    answers = math_scores.read_outputs(target)
     seconds = round(time.monotonic() - began, 1)
     problems = problems_of(name, own)
     scores = math_scores.score(answers, problems, workers=os.cpu_count() or 1)
-    del scores["listed"]  # score.py --list gives it again
+    del scores["listed"]  # score_math.py --list gives it again
     return scores | {"seconds": seconds, "fingerprint": solve.fingerprint(problems)}
 
 
-def problems_of(name: str, own: argparse.Namespace) -> list[math_references.Problem]:
+def problems_of(name: str, own: ProblemArguments) -> list[math_references.Problem]:
     """The problems of one set that are answered."""
     return spaced(math_references.read(getattr(own, name), name), own.test_samples)
 
 
 def make_record(out: Path, trained: dict[str, Any], testing: dict[str, Any]) -> dict[str, Any]:
     """Everything there is to know of the run; no set is scored yet."""
-    settings = trained["settings"]
     return {
-        "experiment": "math",
-        "model": settings["model_name_or_path"],
-        "method": settings["method"],
-        "seed": settings["seed"],
-        **trained,
+        **training_run.heading("math", trained),
         "testing": testing,
         "scores": {},  # by set
-        "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
+        "bytes_on_disk": training_run.bytes_on_disk(out),
     }
 
 
@@ -133,5 +136,4 @@ def summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "run_math")

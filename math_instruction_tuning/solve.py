@@ -9,9 +9,9 @@ a model on the hub, or its folder. The second is a file of problems or a set's n
 
 The prompt is the paper's: Alpaca's form, and "Let's think step by step." after "### Response:". A text ends at the end
 token, or where the model begins a new "### Instruction:". (The authors' commands also end it at the bare words
-"Instruction" and "Response", which cuts answers that have them; score.py's authors' rule does that to the text.)
+"Instruction" and "Response", which cuts answers that have them; score_math.py's authors' rule does that to the text.)
 
-Writes one JSON line per problem (number, question, output), as score.py takes it. Interrupted, it goes on where it
+Writes one JSON line per problem (number, question, output), as score_math.py takes it. Interrupted, it goes on where it
 stopped. With --engine vllm an adapter is first merged into the weights, in a folder beside the output; with --as_lora
 besides it is given to vLLM as LoRA, which is exact too, and the whole model is not written again.
 """
@@ -22,9 +22,9 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,9 +47,38 @@ VLLM_CHUNK = 512  # problems between two entries in the file of progress; vLLM b
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM can be made ready for
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is answered by what; each field is the flag of its name."""
+
+    model: str
+    problems: str
+    output: Path | None = None
+    engine: str = "transformers"
+    as_lora: bool = False
+    adapter: Path | None = None
+    model_name_or_path: str | None = None
+    bits: int | None = None
+    dtype: str | None = None
+    max_samples: int | None = None
+    max_new_tokens: int = 1024
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        commands.check_least(self, max_samples=1, max_new_tokens=1, batch_size=1)
+        if self.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+            raise ValueError("--engine vllm: vllm is not installed; leave --engine out to use transformers")
+        if self.as_lora and self.engine != "vllm":
+            raise ValueError("--as_lora goes with --engine vllm: transformers has the adapter as it is")
+
+
 def main(arguments: list[str]) -> Path:
     """Answer what has no answer yet, and return the file of answers."""
-    options = parse(arguments)
+    return solve(parse(arguments))
+
+
+def solve(options: Options) -> Path:
+    """Answer what has no answer yet; the file of answers."""
     tuned = Tuned.of(
         options.model,
         adapter=options.adapter,
@@ -83,7 +112,7 @@ def main(arguments: list[str]) -> Path:
     return target
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parse(arguments: list[str]) -> Options:
     parser = commands.one_line_errors(
         argparse.ArgumentParser(
             prog="solve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -92,24 +121,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="a run's folder, a model on the hub, or its folder")
     parser.add_argument("problems", help=f"a file, or one of {', '.join(math_references.HUB)}")
     parser.add_argument("--output", type=Path, help="the file to write; for a run gsm8k.jsonl or math.jsonl in it")
-    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--engine", choices=("transformers", "vllm"))
     parser.add_argument("--as_lora", action="store_true", help="give vLLM the adapter as LoRA instead of merging it")
     parser.add_argument("--adapter", type=Path, help="an adapter's folder, this project's or PEFT's, or a packed file")
     parser.add_argument("--model_name_or_path", help="a run's base model; as in training unless given")
     parser.add_argument("--bits", type=int, choices=models.BITS, help="of the base model's weights; the run's, or 16")
     parser.add_argument("--dtype", help="of what is not quantised; the run's, or as it is kept")
     parser.add_argument("--max_samples", type=int, metavar="N", help="answer N problems, evenly spaced over the set")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer at most")
-    parser.add_argument("--batch_size", type=int, default=16, help="of transformers; vLLM has its own")
-    options = parser.parse_args(arguments)
-    for name in ("max_samples", "max_new_tokens", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, not {value}")
-    if options.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm: vllm is not installed; leave --engine out to use transformers")
-    if options.as_lora and options.engine != "vllm":
-        raise ValueError("--as_lora goes with --engine vllm: transformers has the adapter as it is")
-    return options
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of an answer at most")
+    parser.add_argument("--batch_size", type=int, help="of transformers; vLLM has its own")
+    return commands.parsed(parser, Options, arguments)
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
@@ -132,7 +153,7 @@ class Engine(Protocol):
     def texts(self, prompts: list[list[int]]) -> list[str]: ...
 
 
-def engine_of(options: argparse.Namespace, tuned: Tuned, place: Path) -> Engine:
+def engine_of(options: Options, tuned: Tuned, place: Path) -> Engine:
     """The engine that was asked for, with the model in it; a merged one is kept in a folder in `place`."""
     if options.engine == "transformers":
         return TransformersEngine(tuned, options.max_new_tokens, options.batch_size)
@@ -239,5 +260,4 @@ def cut(text: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "solve")

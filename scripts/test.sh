@@ -10,5 +10,4 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 .venv/bin/lint-imports --no-logo --no-cache
-.venv/bin/mypy math_instruction_tuning/score.py  # NLG has a score.py too, and mypy takes one at a time
 .venv/bin/python -m pytest -n 2 "$@"

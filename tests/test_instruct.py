@@ -102,8 +102,9 @@ class StopAfterFirstSave(TrainerCallback):
         raise Stop
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(flags, tmp_path, monkeypatch):
-    whole = instruct.main(flags(*VBLORA, out="whole"), folder())
+@pytest.mark.parametrize("save", [[], ["--save_strategy", "steps", "--save_steps", "2"]], ids=["epoch", "steps"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(save, flags, tmp_path, monkeypatch):
+    whole = instruct.main(flags(*VBLORA, *save, out="whole"), folder())
     original = instruct.AdapterTrainer
 
     def stopping(*arguments, **others):
@@ -113,10 +114,10 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(flags, tmp_path, monkeypa
 
     monkeypatch.setattr(instruct, "AdapterTrainer", stopping)
     with pytest.raises(Stop):
-        instruct.main(flags(*VBLORA, out="parts"), folder())
+        instruct.main(flags(*VBLORA, *save, out="parts"), folder())
     monkeypatch.setattr(instruct, "AdapterTrainer", original)
-    parts = instruct.main(flags(*VBLORA, out="parts"), folder())
-    assert parts["held_out_losses"][-1] == whole["held_out_losses"][-1]
+    parts = instruct.main(flags(*VBLORA, *save, out="parts"), folder())
+    assert parts["held_out_losses"] == whole["held_out_losses"]
     tensors = [read_tensors(tmp_path / name / "last" / "adapter_model.safetensors")[0] for name in ("whole", "parts")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
 
@@ -215,7 +216,7 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
         (["--held_out", "-1"], "--held_out must be at least 0"),
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),
         (["--pack_length", "100"], "less than a row may have"),
-        (["--pack_length", "200", "--use_cache", "true"], "takes a pack for one row"),
+        (["--pack_length", "200", "--use_cache", "true"], "takes joined rows for one"),
         (["--targets", "nonesuch"], "match no layer"),
         (["--optim", "paged_adamw_32bit"], "does not know VB-LoRA's logits"),
         (["--optim", "sgd"], "--optim sgd is not offered"),
@@ -251,9 +252,9 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "word_embed_proj_dim": 16}
     model = OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=2, init_std=0.5, **sizes))
-    with pytest.raises(ValueError, match="OPTForCausalLM: packed rows would see each other"):
-        causal.check_packing(model, 2)
-    causal.check_packing(tiny_llama(50), 2)
+    with pytest.raises(ValueError, match="OPTForCausalLM: joined rows would see each other"):
+        causal.check_joining(model, 2)
+    causal.check_joining(tiny_llama(50), 2)
 
 
 def test_the_plan_of_a_papers_row_needs_no_gpu(flags, capsys):

@@ -77,7 +77,7 @@ def test_slices_are_datasets_own(split, tmp_path):
         ("rows.jsonl", '{"query": "q", "response": "r"}\n\nno\n', "line 3: no JSON"),
         ("rows.jsonl", '{"query": " ", "response": "r"}\n', "line 1: no text in 'query'"),
         ("rows.jsonl", '{"query": 3, "response": "r"}\n', "line 1: no text in 'query'"),
-        ("rows.jsonl", "[]\n", "row 1: not an object"),
+        ("rows.jsonl", "[]\n", "line 1: not an object"),
         ("rows.json", "{}", "not a list of rows"),
         ("rows.json", "[]", "no rows in train"),
         ("rows.json", "[", "no JSON"),
@@ -185,7 +185,7 @@ LENGTHS = [5, 3, 9, 2, 7, 4, 6, 1, 8]
 
 def test_packs_hold_every_row_once_and_little_else():
     encoded = rows_of(LENGTHS)
-    packs = causal.PackedRows(encoded, 10)
+    packs = causal.JoinedRows(encoded, 10)
     assert all(len(ids) <= 10 for ids in packs["input_ids"])
     found = []
     for pack in packs:
@@ -194,7 +194,7 @@ def test_packs_hold_every_row_once_and_little_else():
         assert all(pack["labels"][at] == -100 for at in starts)
     assert sorted(found) == sorted(one.input_ids for one in encoded)
     assert len(packs) == 5  # 45 tokens in bins of 10
-    assert len(causal.PackedRows(encoded, 4)) == 8  # the rows longer than that stand alone
+    assert len(causal.JoinedRows(encoded, 4)) == 8  # the rows longer than that stand alone
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -210,8 +210,8 @@ def test_packed_rows_do_not_see_each_other(kind, attention):
     model.config.use_cache = False  # as the trainer sets it: with a cache transformers takes a pack for one row
     model.eval()
     encoded = rows_of([7, 4, 5, 3, 6])
-    packs = causal.PackedRows(encoded, 11)
-    batch = causal.PaddedPacks(2)([packs[number] for number in range(len(packs))])
+    packs = causal.JoinedRows(encoded, 11)
+    batch = causal.PaddedJoined(2)([packs[number] for number in range(len(packs))])
     assert set(batch) == {"input_ids", "labels", "position_ids"} and "attention_mask" not in batch
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     with torch.no_grad():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from vblora.switch import RECIPE, field_names, parse_settings, read_config_file
+from vblora.methods.through_peft import peft_config_class
+from vblora.switch import OWN_METHODS, RECIPE, field_names, parse_settings, read_config_file
+from vblora_experiments.rows import PAPER_LR_LOGITS, PAPER_LR_VECTOR_BANK
 
 # Which field of a method's configuration a flag sets: the first of these that the configuration has.
 FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
@@ -22,9 +24,6 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
-# Learning rates of VB-LoRA in all the paper's experiments (Tables 7, 8 and 9).
-PAPER_LR_VECTOR_BANK = 1e-3
-PAPER_LR_LOGITS = 1e-2
 
 
 def _flag(help_text: str) -> Any:
@@ -107,6 +106,25 @@ class MethodArguments:
             bank = PAPER_LR_VECTOR_BANK if bank is None else bank
             logits = PAPER_LR_LOGITS if logits is None else logits
         return {"lr_vector_bank": bank, "lr_logits": logits, "lr_adapter": self.learning_rate_adapter}
+
+    def unset(self) -> dict[str, tuple[Any, str]]:
+        """What counts where no flag is given, and where it comes from: by the flag's name."""
+        found: dict[str, tuple[Any, str]] = {}
+        for name, rate in self.rates().items():
+            if rate is not None:
+                found[f"learning_rate_{name.removeprefix('lr_')}"] = (rate, "default, the paper's")
+        if self.recipe or self.method == "full" or self.method.endswith(".json"):
+            return found
+        settings = parse_settings(self.method_settings) if self.method_settings is not None else {}
+        kind: Any = OWN_METHODS.get(self.method) or peft_config_class(self.method)
+        defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        for flag, names in FIELDS_OF_FLAG.items():
+            field_name = next((name for name in names if name in defaults), None)
+            if field_name in settings:
+                found[flag] = (settings[str(field_name)], "method_settings")
+            elif field_name is not None:
+                found[flag] = (defaults[field_name], f"default of {self.method}")
+        return found
 
 
 def given(arguments: Any) -> dict[str, Any]:

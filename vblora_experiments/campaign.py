@@ -7,20 +7,25 @@ table. What is the same for all is here: options, skipping what is finished, est
 from __future__ import annotations
 
 import argparse
+import importlib
+import shutil
 import signal
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from vblora.io import replacing, write_json
+from vblora.models import RECORD_FILE
 from vblora_experiments import records, schedule, tables
 from vblora_experiments.arguments import split
-from vblora_experiments.rows import Rows
-from vblora_experiments.runs import Trial
+from vblora_experiments.rows import Rows, check_names
+from vblora_experiments.runs import Trial, real_flags
 
+Groups = Mapping[str, list[dict[str, Any]]]  # the records of each row
 Found = tuple[Path, dict[str, Any]]  # a record, and its file
 
 
@@ -31,6 +36,7 @@ class Campaign(ABC):
         description: what `--help` says first.
         runs: where runs are kept unless `--runs` says otherwise.
         kind: what its records say under "experiment".
+        script: what makes one run.
         filters: the options that are lists, of which nothing is taken twice.
         folders: the options that must be folders where they are given.
         own_flags: flags of a run that the plan decides, refused after "--".
@@ -39,9 +45,12 @@ class Campaign(ABC):
     description: str
     runs: Path
     kind: str
+    script: Path
     filters: tuple[str, ...] = ("sizes", "methods", "seeds")
     folders: tuple[str, ...] = ("data_dir", "models_dir")
-    own_flags: frozenset[str] = frozenset({"row", "seed", "output_dir", "model_name_or_path", "data_dir"})
+    own_flags: frozenset[str] = frozenset(
+        {"row", "seed", "output_dir", "model_name_or_path", "data_dir", "config", "plan"}
+    )
 
     @abstractmethod
     def add_options(self, parser: argparse.ArgumentParser) -> None:
@@ -55,9 +64,9 @@ class Campaign(ABC):
     def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
         """Raise ValueError, before anything is run, for folders that do not hold what the runs need."""
 
-    @abstractmethod
     def check_flags(self, command: list[str]) -> None:
         """Raise ValueError for flags that the script of this command would refuse."""
+        importlib.import_module(self.script.stem).parse(command)  # takes seconds, as transformers does
 
     @abstractmethod
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
@@ -87,8 +96,32 @@ class Campaign(ABC):
         return (median(of_row), "from this row's records") if of_row else (None, "")
 
     @abstractmethod
+    def kept(self, trial: Any, run: str) -> dict[str, str]:
+        """What else of a run is worth keeping: the file's place in the run's folder, and that beside its record.
+
+        Args:
+            trial: of the run.
+            run: the name of its folder.
+        """
+
     def keep(self, trial: Any, record_file: Path, folder: Path) -> None:
-        """Copy what else of a run is worth keeping beside its record."""
+        """Copy what else of a run is worth keeping into the folder of collected records."""
+        own = record_file.name == RECORD_FILE  # else it was collected before
+        for place, collected in self.kept(trial, record_file.parent.name).items():
+            source, target = record_file.parent / (place if own else collected), folder / collected
+            if source.exists() and source != target:
+                with replacing(target) as temporary:
+                    shutil.copyfile(source, temporary)
+
+
+@dataclass(frozen=True)
+class RowTrial(Trial):
+    """A row MODEL/METHOD of a table of numbers, for one seed."""
+
+    rows: Rows = field(kw_only=True, repr=False)
+
+    def row_flags(self) -> dict[str, Any]:
+        return self.rows.row(self.row)
 
 
 class RowCampaign(Campaign):
@@ -96,19 +129,82 @@ class RowCampaign(Campaign):
 
     Attributes:
         rows: the table of numbers.
-        script: what runs one row.
+        experiment: its name on the command line.
+        models_flag: the option that chooses models.
+        models: their names in `rows` by those on the command line.
+        chosen: models, methods and seeds unless others are given.
         passed_on: the options that go to the run as they are.
+        files: those of them that may name a file; "none" and a name on the hub do not.
     """
 
     rows: Rows
-    script: Path
+    experiment: str
+    models_flag: str = "models"
+    models: Mapping[str, str]
+    chosen: tuple[Sequence[str], Sequence[str], Sequence[int]]
     passed_on: tuple[str, ...]
+    files: tuple[str, ...] = ()
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        models, methods, seeds = map(list, self.chosen)
+        known = list(self.rows.methods)
+        usual = " ".join(map(str, seeds))
+        parser.add_argument("experiment", choices=[self.experiment])
+        parser.add_argument(f"--{self.models_flag}", nargs="+", choices=self.models, default=models)
+        parser.add_argument("--methods", nargs="+", default=methods, help=f"of {' '.join(known)}")
+        parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help=f"{usual} unless given")
+        self.add_places(parser)
+
+    @abstractmethod
+    def add_places(self, parser: argparse.ArgumentParser) -> None:
+        """Add the options that say where data are, and what else is this campaign's own."""
+
+    def scores(self, options: argparse.Namespace) -> tuple[str, ...]:
+        """What the records must have scores by or of."""
+        return ()
+
+    def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[RowTrial]:
+        check_names("method", options.methods, list(self.rows.methods))
+        more: dict[str, Any] = {"extra": real_flags(extra), "scores": self.scores(options), "rows": self.rows}
+        return [
+            RowTrial(f"{self.models[model]}/{method}", seed=seed, **more)
+            for seed in options.seeds
+            for model in getattr(options, self.models_flag)
+            for method in options.methods
+        ]
+
+    def table(
+        self,
+        trials: Sequence[Any],
+        found: Sequence[dict[str, Any]],
+        options: argparse.Namespace,
+        extra: Mapping[str, str],
+    ) -> str | None:
+        groups = records_of(trials, found)
+        if not groups:
+            return None
+        if options.format == "csv":
+            return tables.as_csv(*self.numbers(groups, options))
+        header, lines, notes = self.lines(groups, options)
+        return tables.render(header, lines, options.format, [*note_of(extra), *notes])
+
+    @abstractmethod
+    def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
+        """The table as a header and rows of numbers, for CSV."""
+
+    @abstractmethod
+    def lines(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], tables.Lines, list[str]]:
+        """The table as a header and lines of text, and the notes below."""
 
     def model_folder(self, trial: Trial, options: argparse.Namespace) -> Path:
         """Of the trial's model in --models_dir."""
         return options.models_dir / self.rows.models[trial.model].name_or_path.rpartition("/")[2]
 
     def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
+        for flag in self.files if trials else ():
+            place = getattr(options, flag)
+            if place not in (None, "none") and not Path(place).is_file():
+                raise ValueError(f"--{flag} {place}: no such file")
         for trial in trials if options.models_dir else ():
             if not (folder := self.model_folder(trial, options)).is_dir():
                 raise ValueError(f"--models_dir {options.models_dir} has no folder {folder.name}")
@@ -138,6 +234,11 @@ def records_of(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> dict
         if len(sizes) > 1:
             raise ValueError(f"the records of {row} were made on different data ({sizes}): remove those not meant")
     return groups
+
+
+def by_own_names(names: Iterable[str]) -> dict[str, str]:
+    """Names that are the same on the command line and in the table of numbers."""
+    return {name: name for name in names}
 
 
 def note_of(extra: Mapping[str, str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Batches of encoded rows for causal language models: padded, or packed."""
+"""Batches of encoded rows for causal language models: padded, or several joined to one."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Padded:
         }
 
 
-# ------------------------------------------------------------------------------------- packing
+# ------------------------------------------------------------------------------------- joining
 
 
-class PackedRows(torch.utils.data.Dataset[dict[str, list[int]]]):
+class JoinedRows(torch.utils.data.Dataset[dict[str, list[int]]]):
     """Several rows in one, up to `length` tokens (a longer row stands alone), with positions that begin anew.
 
     A model that is given these positions, no mask and no cache (use_cache false, as the trainer sets it) lets no token
@@ -98,8 +98,8 @@ def _bins(lengths: Sequence[int], length: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def check_packing(model: Any, token: int) -> None:
-    """Refuse a model whose packed rows would see each other, by what two short rows give.
+def check_joining(model: Any, token: int) -> None:
+    """Refuse a model whose joined rows would see each other, by what two short rows give.
 
     Raises:
         ValueError: it goes by another mask than that of the positions (OPT and BLOOM do).
@@ -116,11 +116,11 @@ def check_packing(model: Any, token: int) -> None:
     model.train(was_training)
     model.config.use_cache = cached
     if not torch.allclose(outputs[0], outputs[1], rtol=1e-2, atol=1e-2):
-        raise ValueError(f"{type(model).__name__}: packed rows would see each other: leave --pack_length out")
+        raise ValueError(f"{type(model).__name__}: joined rows would see each other: leave --pack_length out")
 
 
-class PaddedPacks:
-    """Batches of packed rows; what pads one is a row of its own, which nothing else sees and the loss leaves out."""
+class PaddedJoined:
+    """Batches of joined rows; what pads one is a row of its own, which nothing else sees and the loss leaves out."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -16,10 +17,12 @@ from vblora_experiments.secrets import masked
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
+Options = TypeVar("Options")
 
 
 def run(main: Callable[[list[str]], Any], name: str) -> None:
     """Run a script's main function on the command line; wrong input is one line and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -41,3 +44,21 @@ def one_line_errors(parser: Parser) -> Parser:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser
+
+
+def parsed(parser: argparse.ArgumentParser, kind: type[Options], arguments: list[str]) -> Options:
+    """The arguments as an object of a dataclass, whose defaults are also the parser's."""
+    parser.set_defaults(**{f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING})  # type: ignore[arg-type]
+    known = vars(parser.parse_args(arguments))
+    return kind(**{f.name: known[f.name] for f in dataclasses.fields(kind) if f.name in known})  # type: ignore[arg-type]
+
+
+def check_least(options: Any, **least: float) -> None:
+    """Refuse an option below the least that it may be; one that is None is not given.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, bound in least.items():
+        if (value := getattr(options, name)) is not None and not value >= bound:
+            raise ValueError(f"--{name} must be at least {bound}, not {value}")

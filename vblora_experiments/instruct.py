@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from vblora import models
-from vblora.adapter import Adapter
-from vblora.io import read_json, write_json
-from vblora.models import TRAINING_FILE
-from vblora.switch import Adapted, apply_method
+from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import causal, commands, estimate, instruction_data, records, runs
-from vblora_experiments.arguments import MethodArguments, with_row
+from vblora_experiments import causal, estimate, instruction_data, runs, training_run
+from vblora_experiments.arguments import MethodArguments
+from vblora_experiments.command_line import Script, Settings
 from vblora_experiments.instruction_data import FORMS, Limits, Row
 
 # What a run does unless told otherwise.
@@ -67,15 +65,11 @@ class InstructArguments:
     target_max_length: int | None = field(default=None, metadata={"help": "tokens of a response (alpaca); 512"})
     max_length: int | None = field(default=None, metadata={"help": "tokens of a whole row (metamath, gsm8k); 512"})
     pack_length: int | None = field(
-        default=None, metadata={"help": "pack rows into ones of up to this many tokens, which do not see each other"}
-    )
-    plan: bool = field(
-        default=False, metadata={"help": "print what would be stored, and estimates of memory and time, and stop"}
+        default=None, metadata={"help": "join rows to ones of up to this many tokens, which do not see each other"}
     )
     tflops: float = field(
         default=100.0, metadata={"help": "for --plan: 10^12 operations per second that the device reaches"}
     )
-    row: str | None = field(default=None, metadata={"help": "MODEL/METHOD: take the flags of this row"})
 
     def limits(self) -> Limits:
         """The limits of tokens, of those that the form has.
@@ -107,66 +101,103 @@ class Folder:
         defaults: flags that differ from DEFAULTS and from InstructArguments.
         row: the flags of a row by its name.
         runs: where its runs are kept.
+        description: what --help says first.
     """
 
     name: str
     defaults: Mapping[str, Any]
     row: Callable[[str], Mapping[str, Any]]
     runs: Path
+    description: str = ""
+
+    def script(self, name: str = "", *kinds: type, description: str = "") -> Script:
+        """The script that trains; of another name, one that has further flags, and does more after it."""
+        return Script(
+            name or self.name,
+            (*kinds, InstructArguments, MethodArguments, TrainingArguments),
+            {**DEFAULTS, **self.defaults},
+            self.row,
+            self.place,
+            without_evaluation,
+            description or self.description,
+        )
+
+    def place(self, known: Any) -> Path:
+        """The output folder of a run, unless --output_dir gives it."""
+        name = f"{models.model_name(known.model_name_or_path)}_{known.targets}_{known.method}_seed{known.seed}"
+        return self.runs / name.replace("/", "_")
+
+    def main(self, arguments: list[str]) -> dict[str, Any]:
+        """Train, and return what training.json holds; with --plan print and return the estimates."""
+        return main(arguments, self)
 
 
 @dataclass(frozen=True)
 class Run:
     """The arguments of one run, checked."""
 
-    instruct: InstructArguments
-    method: MethodArguments
-    training: TrainingArguments
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        check(self.instruct, self.method, self.training)
+        self.training._n_gpu = min(self.training.n_gpu, 1)  # one process trains on one device, or on a --device_map
+
+    @property
+    def instruct(self) -> InstructArguments:
+        return self.settings.of(InstructArguments)
+
+    @property
+    def method(self) -> MethodArguments:
+        return self.settings.of(MethodArguments)
+
+    @property
+    def training(self) -> TrainingArguments:
+        return self.settings.of(TrainingArguments)
 
 
 def main(arguments: list[str], folder: Folder) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan, print and return the estimates."""
     run = parse(arguments, folder)
-    instruct, training = run.instruct, run.training
-    if instruct.plan:
-        estimates = estimate.of_run(instruct, run.method, training)
-        print(estimate.describe(estimates))
-        return estimates
-    out = Path(str(training.output_dir))
-    rows = instruction_data.load_rows(instruct.data, instruct.form, instruct.split)
-    train, held_out = divide(rows, instruct, training)
-    plan = runs.make_plan(instruct, run.method, training, instruction_data.fingerprint([*train, *held_out]))
-    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
-        fit(run, train, held_out, plan)
-    result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
-    if result:
-        print(f"{out}: {_summary(result)}")
-    return result
+    return planned(run) if run.settings.show() else train(run)
 
 
 def parse(arguments: list[str], folder: Folder) -> Run:
     """The arguments, after the row they name, the folder's defaults and this module's."""
-    arguments = with_row(arguments, folder.row)
-    kinds: Any = (InstructArguments, MethodArguments, TrainingArguments)
-    parser = commands.one_line_errors(HfArgumentParser(kinds, prog=folder.name))
-    defaults = {**DEFAULTS, **folder.defaults}
-    parser.set_defaults(**defaults)
-    for action in parser._actions:  # a default does away with the need to give a flag
-        action.required = action.required and action.dest not in defaults
-    known = parser.parse_args(arguments)
-    if known.output_dir is None:
-        name = f"{models.model_name(known.model_name_or_path)}_{known.targets}_{known.method}_seed{known.seed}"
-        arguments = [*arguments, "--output_dir", str(folder.runs / name.replace("/", "_"))]
-    if known.plan:  # of what may run elsewhere
-        arguments = [*arguments, "--use_cpu", "true"]
-    if not known.held_out:  # nothing to evaluate
-        if "--eval_strategy" in arguments:
-            raise ValueError("--eval_strategy does nothing without --held_out, the rows to evaluate on")
-        arguments = [*arguments, "--eval_strategy", "no", "--eval_on_start", "false"]
-    instruct, method, training = parser.parse_args_into_dataclasses(arguments)
-    check(instruct, method, training)
-    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device, or on a --device_map
-    return Run(instruct, method, training)
+    return Run(folder.script().read(arguments))
+
+
+def without_evaluation(known: Any, chosen: set[str]) -> dict[str, tuple[Any, str]]:
+    """Without rows to evaluate on there is no evaluation.
+
+    Raises:
+        ValueError: somebody asked for one.
+    """
+    if known.held_out:
+        return {}
+    if "eval_strategy" in chosen:
+        raise ValueError("--eval_strategy does nothing without --held_out, the rows to evaluate on")
+    reason = "as --held_out is 0"
+    return {"eval_strategy": ("no", reason), "eval_on_start": (False, reason)}
+
+
+def planned(run: Run) -> dict[str, Any]:
+    """The estimates of a run, which are printed too."""
+    estimates = estimate.of_run(run.instruct, run.method, run.training)
+    print(estimate.describe(estimates))
+    return estimates
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train, unless that is done; what training.json holds."""
+    instruct, out = run.instruct, run.settings.output_dir
+    rows = instruction_data.load_rows(instruct.data, instruct.form, instruct.split)
+    rows, held_out = divide(rows, instruct, run.training)
+    fingerprint = instruction_data.fingerprint([*rows, *held_out])
+    plan = runs.make_plan(instruct, run.method, run.training, fingerprint)
+    result = training_run.once(out, plan, run.training, lambda: fit(run, rows, held_out, plan))
+    if result:
+        print(f"{out}: {_summary(result)}")
+    return result
 
 
 def check(instruct: InstructArguments, method: MethodArguments, training: TrainingArguments) -> None:
@@ -187,7 +218,7 @@ def check(instruct: InstructArguments, method: MethodArguments, training: Traini
     if instruct.pack_length is not None and instruct.pack_length < longest:
         raise ValueError(f"--pack_length {instruct.pack_length} is less than a row may have ({longest} tokens)")
     if instruct.pack_length is not None and training.use_cache:
-        raise ValueError("--use_cache true with --pack_length: with a cache the model takes a pack for one row")
+        raise ValueError("--use_cache true with --pack_length: with a cache the model takes joined rows for one")
     if instruct.tflops <= 0:
         raise ValueError(f"--tflops must be above 0, not {instruct.tflops:g}")
     if training.num_train_epochs <= 0 and training.max_steps <= 0:
@@ -222,25 +253,23 @@ def fit(run: Run, train: list[Row], held_out: list[Row], plan: dict[str, Any]) -
         model.enable_input_require_grads()
     adapted = apply_method(model, method.method, settings_of(method, instruct))
     if instruct.pack_length is not None:
-        causal.check_packing(adapted.model, tokenizer.eos_token_id)
+        causal.check_joining(adapted.model, tokenizer.eos_token_id)
     trainer = AdapterTrainer(
         adapted,
         method.rates(),
         training,
         train_dataset=dataset(encoded, instruct),
         eval_dataset=dataset(watched, instruct) if watched else None,
-        data_collator=(causal.Padded if instruct.pack_length is None else causal.PaddedPacks)(tokenizer.pad_token_id),
+        data_collator=(causal.Padded if instruct.pack_length is None else causal.PaddedJoined)(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    out = Path(str(training.output_dir))
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
-    if trainer.is_world_process_zero():
-        adapted.adapter.save(str(out / "last"))
+    out = run.settings.output_dir
+    if training_run.train(trainer, out):
         if method.method == "full":
             tokenizer.save_pretrained(out / "last")  # a whole model, for every engine
         sizes = {"train_rows": len(encoded), "rows_without_response": left_out, "held_out_rows": len(watched)}
         sizes["train_tokens"] = sum(len(one.input_ids) for one in encoded)
-        write_json(out / TRAINING_FILE, _result(plan, adapted, trainer) | sizes)
+        training_run.write(out, plan, trainer, {**sizes, "held_out_losses": held_out_losses(trainer)})
 
 
 def encode(rows: list[Row], instruct: InstructArguments, tokenizer: Any) -> tuple[list[causal.Encoded], int]:
@@ -260,7 +289,7 @@ def encode(rows: list[Row], instruct: InstructArguments, tokenizer: Any) -> tupl
 def dataset(encoded: list[causal.Encoded], instruct: InstructArguments) -> Any:
     if instruct.pack_length is None:
         return causal.EncodedRows(encoded)
-    return causal.PackedRows(encoded, instruct.pack_length)
+    return causal.JoinedRows(encoded, instruct.pack_length)
 
 
 def settings_of(method: MethodArguments, instruct: InstructArguments) -> dict[str, Any]:
@@ -268,22 +297,10 @@ def settings_of(method: MethodArguments, instruct: InstructArguments) -> dict[st
     return method.settings(estimate.target_modules(instruct.targets), None)
 
 
-def _result(plan: dict[str, Any], adapted: Adapted, trainer: AdapterTrainer) -> dict[str, Any]:
-    adapter, seconds, state = adapted.adapter, trainer.train_seconds, trainer.state
-    losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-    return {
-        "settings": plan,
-        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
-        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
-        "epochs": state.epoch or 0,
-        "steps": state.global_step,
-        # By step; the first is before any training.
-        "held_out_losses": [{"step": step, "loss": losses[step]} for step in sorted(losses)],
-        "stored_parameters": adapter.stored_parameters()._asdict(),
-        "train_seconds": round(seconds, 3),
-        "peak_memory_mib": records.peak_memory_mib(),
-        **records.environment(),
-    }
+def held_out_losses(trainer: AdapterTrainer) -> list[dict[str, Any]]:
+    """The losses on the rows held out, by step; the first is before any training."""
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    return [{"step": step, "loss": losses[step]} for step in sorted(losses)]
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from vblora.hub import from_hub
 from vblora_experiments.causal import IGNORED, Encoded
+from vblora_experiments.text_files import read_json_rows
 
 WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -105,41 +106,19 @@ def load_rows(source: str, form: str, split: str = "train") -> list[Row]:
         raise ValueError(f"{source}: no such file")
     fields = _from_file(Path(source), split) if is_file else _from_hub(source, split)
     rows = []
-    for number, of_row in fields:
+    for where, of_row in fields:
         try:
             rows.append(FORMS[form].row(of_row))
         except ValueError as error:
-            raise ValueError(f"{source}, {'line' if source.endswith('.jsonl') else 'row'} {number}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
     if not rows:
         raise ValueError(f"{source}: no rows in {split}")
     return rows
 
 
-def _from_file(path: Path, split: str) -> list[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    numbered: list[tuple[int, Any]] = []
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: no JSON ({error})") from None
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: not a list of rows")
-        numbered = list(enumerate(rows, 1))
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    numbered.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: no JSON ({error})") from None
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, row {number}: not an object with the row's columns")
-    return numbered[_slice(split, len(numbered))]
+def _from_file(path: Path, split: str) -> list[tuple[str, dict[str, Any]]]:
+    rows = read_json_rows(path, as_lines=path.suffix != ".json")
+    return rows[_slice(split, len(rows))]
 
 
 _SLICE = re.compile(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
@@ -157,13 +136,13 @@ def _slice(split: str, count: int) -> slice:
     return slice(*ends)
 
 
-def _from_hub(name: str, split: str) -> list[tuple[int, dict[str, Any]]]:
+def _from_hub(name: str, split: str) -> list[tuple[str, dict[str, Any]]]:
     import datasets
 
     loaded = from_hub(
         lambda: datasets.load_dataset(name, CONFIGURATIONS.get(name), split=split), name, "--data FILE.json"
     )
-    return list(enumerate(loaded, 1))
+    return [(f"{name}, row {number}", row) for number, row in enumerate(loaded, 1)]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

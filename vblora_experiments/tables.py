@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 FORMATS = ("markdown", "csv", "latex")
@@ -39,6 +40,21 @@ def number(value: float | None, sd: float | None = None, digits: int = 1) -> str
     if value is None:
         return ""
     return f"{value:.{digits}f}" + (f" ± {sd:.{digits}f}" if sd is not None else "")
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean; None of nothing."""
+    return mean(values) if values else None
+
+
+def deviation_of(values: Sequence[float]) -> float | None:
+    """The standard deviation; None of fewer than two values."""
+    return stdev(values) if len(values) > 1 else None
+
+
+def difference(value: float | None, printed: float | None) -> float | None:
+    """What was found less what the paper prints; None where one of them is missing."""
+    return None if value is None or printed is None else value - printed
 
 
 def signed(value: float | None, digits: int = 1) -> str:

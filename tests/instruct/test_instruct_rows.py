@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import finetune
 import generate_instructions
 import instruct_paper
 import instruct_rows
 import run_instruct
 from instruct_rows import METHODS, MODELS, ROWS, row
 from vblora.switch import field_names
-from vblora_experiments import estimate, instruct
+from vblora_experiments import estimate
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print
 
@@ -68,8 +67,7 @@ def test_the_ranks_give_the_papers_parameters(model, method):
 def test_every_row_is_accepted_by_the_scripts_and_by_its_method():
     for model in MODELS:
         for method in METHODS:
-            _, rest = run_instruct.parse(["--row", f"{model}/{method}", "--use_cpu", "true", "--bf16", "false"])
-            run = instruct.parse(rest, finetune.FOLDER)
+            run = run_instruct.parse(["--row", f"{model}/{method}", "--use_cpu", "true", "--bf16", "false"])
             known = field_names(run.method.method) | {"modules_to_save", "target_modules"}
             settings = run.method.settings(estimate.target_modules(run.instruct.targets), None)
             assert settings.keys() <= known, (model, method)

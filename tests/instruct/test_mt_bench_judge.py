@@ -26,9 +26,11 @@ from mt_bench_helpers import (
     write_rows,
 )
 
-import mt_bench_judge
+import judge_endpoint
+import mt_bench_tasks
+from judge_endpoint import masked, reply
 from mt_bench import Bench, read_judgments
-from mt_bench_judge import main, masked, rating, reply
+from mt_bench_judge import main, rating
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "sk-secret-123"
@@ -127,8 +129,8 @@ def test_an_endpoint_of_ones_own_needs_no_key(server, command, monkeypatch):
 def test_the_prompts_of_the_real_benchmark(real_data, tmp_path, capsys):
     bench = Bench.of(real_data("mt_bench"))
     rows = [answer_row(number, "m", ["first {}", "second"]) for number in bench.questions()]
-    answers = mt_bench_judge.read_models([write_rows(tmp_path / "m.jsonl", rows)])
-    tasks = mt_bench_judge.make_tasks(bench, answers, "gpt-4", (1, 2))
+    answers = mt_bench_tasks.read_models([write_rows(tmp_path / "m.jsonl", rows)])
+    tasks = mt_bench_tasks.make_tasks(bench, answers, "gpt-4", (1, 2))
     counts = {name: sum(task.prompt.name == name for task in tasks) for name in PROMPTS}
     assert list(counts.values()) == [50, 30, 50, 30]
     assert all("{" not in task.user_prompt.split("first {}")[0][:80] for task in tasks)
@@ -211,16 +213,16 @@ def test_the_endpoint_says_how_long_to_wait(server, command):
 
 def test_waits_double_up_to_a_limit(monkeypatch):
     waits = []
-    endpoint = mt_bench_judge.Endpoint("http://127.0.0.1:9", "", "j", tries=8, backoff=2.0)
+    endpoint = judge_endpoint.Endpoint("http://127.0.0.1:9", "", "j", tries=8, backoff=2.0)
     monkeypatch.setattr(endpoint, "_pause", lambda seconds: waits.append(seconds) if seconds > 0 else None)
-    monkeypatch.setattr(mt_bench_judge.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(judge_endpoint.random, "uniform", lambda low, high: high)
     for tried in range(8):
         endpoint._before(SimpleNamespace(headers={"x-stainless-retry-count": str(tried)}))
     assert [wait for wait in waits if wait > 1] == [2, 4, 8, 16, 32, 60, 60]
 
 
 def test_nobody_there_is_said_after_so_many_tries():
-    endpoint = mt_bench_judge.Endpoint("http://user:word@127.0.0.1:9/v1?key=a", "", "j", tries=2, backoff=0)
+    endpoint = judge_endpoint.Endpoint("http://user:word@127.0.0.1:9/v1?key=a", "", "j", tries=2, backoff=0)
     with pytest.raises(ValueError, match=r"^http://127.0.0.1:9/v1 did not answer in 2 tries: .*refused; the same"):
         endpoint.complete([])
 
@@ -441,7 +443,7 @@ def test_a_key_that_is_a_number_leaves_the_ratings_alone(server, command, monkey
 
 
 def test_without_the_client_the_way_out_is_named(server, command, monkeypatch):
-    monkeypatch.setattr(mt_bench_judge.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(judge_endpoint.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install openai"):
         main(command())
     main([*command(), "--plan"])
@@ -532,8 +534,8 @@ def test_one_worker_asks_one_at_a_time(server, command):
 
 def test_requests_start_at_the_pace_given_tries_included(server, command, monkeypatch):
     waits = []
-    monkeypatch.setattr(mt_bench_judge.Endpoint, "_pause", lambda self, seconds: waits.append(round(seconds, 6)))
-    monkeypatch.setattr(mt_bench_judge.time, "monotonic", lambda: 1000.0)  # all at once
+    monkeypatch.setattr(judge_endpoint.Endpoint, "_pause", lambda self, seconds: waits.append(round(seconds, 6)))
+    monkeypatch.setattr(judge_endpoint.time, "monotonic", lambda: 1000.0)  # all at once
     server.script = [fails(500)]
     main(command("--workers", "4", "--requests_per_minute", "30", "--turns", "1", "--backoff", "0"))
     assert sorted(waits) == [0, 0, 2, 4, 6, 8, 10, 12, 14, 16]  # nine requests, and the pause after the failure
@@ -546,7 +548,7 @@ def test_the_plan_asks_nothing(server, command, capsys, bench_dir, answers):
     main([*command("--price_in", "30", "--price_out", "60"), "--plan"])
     assert not server.requests
     out = " ".join(capsys.readouterr().out.split())
-    tasks = mt_bench_judge.make_tasks(Bench.of(bench_dir), mt_bench_judge.read_models(answers), "gpt-4", (1, 2))
+    tasks = mt_bench_tasks.make_tasks(Bench.of(bench_dir), mt_bench_tasks.read_models(answers), "gpt-4", (1, 2))
     tokens = sum(len(task.user_prompt) + len(task.prompt.system) for task in tasks) // 4
     assert f"16 requests to gpt-4 at {server.url}" in out and f"{tokens:,} tokens of prompts" in out
     price = (tokens * 30 + 16 * 250 * 60) / 1e6

@@ -14,9 +14,10 @@ import instruct_paper
 import mt_bench
 import reproduce_instruct
 from instruct_rows import row
-from reproduce_instruct import Instructions, Trial
+from reproduce_instruct import Instructions
 from vblora.io import read_json
 from vblora_experiments import campaign
+from vblora_experiments.campaign import RowTrial
 
 TABLE = Instructions()
 
@@ -72,8 +73,10 @@ def test_a_record_without_the_judges_scores_is_to_be_done_where_they_are_asked_f
 
 
 def test_lengths_are_estimated_from_records_or_else_from_the_paper():
-    trial = Trial("llama2_7b/vblora")
-    assert TABLE.estimate(trial, [])[0] == 150 and TABLE.estimate(Trial("smollm2_135m/lora"), []) == (None, "")
+    trial = RowTrial("llama2_7b/vblora", rows=TABLE.rows)
+    assert TABLE.estimate(trial, [])[0] == 150 and TABLE.estimate(
+        RowTrial("smollm2_135m/lora", rows=TABLE.rows), []
+    ) == (None, "")
     assert TABLE.estimate(trial, [record(trial, 5)]) == (10, "from this row's records")
 
 

@@ -59,7 +59,7 @@ def test_blank_lines_and_marks_at_the_start_are_left_out(tmp_path):
     ("rows", "message"),
     [
         ([], "no problems"),
-        ([GSM8K, "{\n"], "line 2: not JSON"),
+        ([GSM8K, "{\n"], "line 2: no JSON"),
         ([GSM8K, [1]], "line 2: not a row of gsm8k: needs the keys question and answer"),
         ([GSM8K, MATH], "line 2: not a row of gsm8k"),
         (["\n", {"text": "x"}], "line 2: neither GSM8K's keys"),
@@ -93,7 +93,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
 def test_json_that_python_cannot_read_is_named(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=rf"{name}.*: not JSON"):
+    with pytest.raises(ValueError, match=rf"{name}.*: no JSON"):
         math_references.read(tmp_path / name)
 
 

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import finetune_math
 import math_paper
 import math_rows
 import run_math
 from math_rows import METHODS, MODELS, ROWS, row
 from vblora.switch import field_names
-from vblora_experiments import estimate, instruct
+from vblora_experiments import estimate
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print
 
@@ -63,8 +62,7 @@ def test_the_ranks_give_the_papers_parameters(model, method):
 def test_every_row_is_accepted_by_the_scripts_and_by_its_method():
     for model in MODELS:
         for method in METHODS:
-            _, rest = run_math.parse(["--row", f"{model}/{method}", "--use_cpu", "true", "--bf16", "false"])
-            run = instruct.parse(rest, finetune_math.FOLDER)
+            run = run_math.parse(["--row", f"{model}/{method}", "--use_cpu", "true", "--bf16", "false"])
             known = field_names(run.method.method) | {"modules_to_save", "target_modules"}
             settings = run.method.settings(estimate.target_modules(run.instruct.targets), None)
             assert settings.keys() <= known, (model, method)

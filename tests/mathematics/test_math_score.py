@@ -1,4 +1,4 @@
-"""The command score.py and math_scores: counts, parts, lists, forms of outputs, and errors."""
+"""The command score_math.py and math_scores: counts, parts, lists, forms of outputs, and errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import math_scores
+import score_math
 from math_references import Problem
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,14 +68,14 @@ def test_math_by_level_and_subject():
     assert result["disagreements"] == 2
 
 
-def test_an_answer_that_takes_too_long_is_counted_and_listed(score_command, capsys):
+def test_an_answer_that_takes_too_long_is_counted_and_listed(capsys):
     pytest.importorskip("math_verify")
     problems = [math_problem(1, "(3^{3^{3^{3^{3}}}})!"), math_problem(2, "5")]
     outputs = ["The answer is: 2^{2^{2^{2^{2^{2}}}}} + 1", "The answer is: 5."]
     result = math_scores.score(outputs, problems, time_limit=2.0)
     assert result["rules"]["corrected"]["timed_out"] == 1 and result["rules"]["corrected"]["correct"] == 1
     assert "corrected: timed out" in result["listed"][0]["reason"]
-    score_command.print_table(result)
+    score_math.print_table(result)
     assert "1 answers timed out in judging" in capsys.readouterr().err
 
 
@@ -116,7 +117,7 @@ def test_the_forms_of_outputs(tmp_path):
     [
         ("o.jsonl", '"a"\n{"answer": "b"}', "line 2: no output"),
         ("o.jsonl", '{"output": null}', "line 1: no output"),
-        ("o.jsonl", "a", "line 1: not JSON"),
+        ("o.jsonl", "a", "line 1: no JSON"),
         ("o.txt", "", "no outputs"),
         ("none.txt", None, "no such file"),
     ],
@@ -128,9 +129,9 @@ def test_outputs_that_cannot_be_read_are_named(tmp_path, name, text, message):
         math_scores.read_outputs(tmp_path / name)
 
 
-def test_the_command_prints_and_writes(tmp_path, score_command, capsys):
+def test_the_command_prints_and_writes(tmp_path, capsys):
     files = write_gsm8k(tmp_path)
-    score_command.main([*files, "--json", str(tmp_path / "s.json"), "--list", str(tmp_path / "l.jsonl")])
+    score_math.main([*files, "--json", str(tmp_path / "s.json"), "--list", str(tmp_path / "l.jsonl")])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["authors", "3", "5", "60.00", "2"]
     assert lines[2].split() == ["corrected", "2", "5", "40.00", "1"]
@@ -144,10 +145,10 @@ def test_the_command_prints_and_writes(tmp_path, score_command, capsys):
     }  # fmt: skip
 
 
-def test_an_output_with_half_a_character_is_listed(tmp_path, score_command):
+def test_an_output_with_half_a_character_is_listed(tmp_path):
     files = write_gsm8k(tmp_path)
     Path(files[0]).write_text('"The answer is: 1800 \\ud800"\n' * 5)  # 18 by the authors' rule
-    score_command.main([*files, "--list", str(tmp_path / "l.jsonl")])
+    score_math.main([*files, "--list", str(tmp_path / "l.jsonl")])
     first = json.loads((tmp_path / "l.jsonl").read_text().splitlines()[0])
     assert (first["number"], first["corrected"]) == (1, "1800 \ud800")
 
@@ -156,17 +157,17 @@ def test_unequal_counts_are_one_line_that_names_both_files(tmp_path):
     outputs, problems = write_gsm8k(tmp_path)
     Path(outputs).write_text('"5"\n')
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "math_instruction_tuning" / "score.py"), outputs, problems],
+        [sys.executable, str(ROOT / "math_instruction_tuning" / "score_math.py"), outputs, problems],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr == (
-        f"score: error: {outputs} has 1 outputs and {problems} has 5 problems: each problem needs one output\n"
+        f"score_math: error: {outputs} has 1 outputs and {problems} has 5 problems: each problem needs one output\n"
     )
 
 
-def test_a_folder_for_the_results_is_refused_first(tmp_path, score_command):
+def test_a_folder_for_the_results_is_refused_first(tmp_path):
     with pytest.raises(ValueError, match=r"--list .*: is a folder"):
-        score_command.main([*write_gsm8k(tmp_path), "--list", str(tmp_path)])
+        score_math.main([*write_gsm8k(tmp_path), "--list", str(tmp_path)])

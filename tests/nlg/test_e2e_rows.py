@@ -15,6 +15,7 @@ import e2e_rows
 import run_e2e
 import train
 from e2e_rows import METHODS, MODELS, ROWS, row
+from generation import Decoding
 from vblora.switch import field_names
 from vblora_experiments.paper_counts import MODELS as SHAPES
 from vblora_experiments.paper_counts import ways_to_print
@@ -56,7 +57,7 @@ def test_loras_rows_are_its_command():
         flags = row(f"{model}/lora")
         command = {"learning_rate": 2e-4, "rank": 4, "lora_alpha": 32, "adapter_dropout": 0.1, "weight_decay": 0.01}
         assert {name: flags[name] for name in command} == command
-    search = run_e2e.parse(["--row", "gpt2_medium/lora"])[1]
+    search = run_e2e.parse(["--row", "gpt2_medium/lora"]).of(Decoding)
     assert search.to_dict() == {"beam": 10, "length_penalty": 0.8, "no_repeat_ngram": 4, "max_new_tokens": 64}
 
 
@@ -86,8 +87,8 @@ def test_the_papers_table_2_has_every_row_of_the_two_sizes():
 def test_every_row_is_accepted_by_the_scripts_and_by_its_method(tmp_path):
     for model in MODELS:
         for method in METHODS:
-            _, _, rest = run_e2e.parse(["--row", f"{model}/{method}", "--use_cpu", "true"])
-            text, chosen, training = train.parse(rest)
+            settings = run_e2e.parse(["--row", f"{model}/{method}", "--use_cpu", "true"])
+            text, chosen, training = train.parts(settings)
             known = field_names(chosen.method) | {"modules_to_save", "target_modules"}
             assert chosen.settings("all-linear", None).keys() <= known, (model, method)
             assert training.label_smoothing_factor == 0.1 and text.dataset == "e2e"

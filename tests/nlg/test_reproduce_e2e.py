@@ -12,9 +12,10 @@ import e2e_scores
 import reproduce_e2e
 import run_e2e
 from e2e_rows import row
-from reproduce_e2e import E2E, Trial
+from reproduce_e2e import E2E
 from vblora.io import read_json
 from vblora_experiments import campaign
+from vblora_experiments.campaign import RowTrial
 
 TABLE = E2E()
 
@@ -74,11 +75,11 @@ def test_a_score_that_one_seed_lacks_is_left_out():
 
 
 def test_lengths_are_estimated_from_records_or_else_from_the_paper():
-    trial = Trial("gpt2_medium/vblora")
+    trial = RowTrial("gpt2_medium/vblora", rows=TABLE.rows)
     assert TABLE.estimate(trial, [])[0] == 180
-    assert TABLE.estimate(Trial("gpt2_medium/lora", extra={"num_train_epochs": "1"}), [])[0] == 36
+    assert TABLE.estimate(RowTrial("gpt2_medium/lora", extra={"num_train_epochs": "1"}, rows=TABLE.rows), [])[0] == 36
     assert TABLE.estimate(trial, [record(trial, 0.7)]) == (10, "from this row's records")
-    assert TABLE.estimate(Trial("smollm2_135m/lora"), []) == (None, "")
+    assert TABLE.estimate(RowTrial("smollm2_135m/lora", rows=TABLE.rows), []) == (None, "")
 
 
 SMALL = ["--num_train_epochs", "1", "--vector_length", "16", "--num_vectors", "12", "--warmup_steps", "0"]

@@ -133,8 +133,8 @@ CIDEr: 2.3039
         ("r.csv", "mr,ref\n", "{}: no references"),
         ("r.jsonl", '{"references": ["a"]}\n{"references": []}\n', "{}, line 2: an empty group"),
         ("r.jsonl", '{"references": "a"}\n', "{}, line 1: not of the form"),
-        ("r.jsonl", "[1]\n", "{}, line 1: not of the form"),
-        ("r.jsonl", "{\n", "{}, line 1: Expecting"),
+        ("r.jsonl", "[1]\n", "{}, line 1: not an object"),
+        ("r.jsonl", "{\n", "{}, line 1: no JSON: Expecting"),
     ],
 )
 def test_wrong_references_are_named(pair, tmp_path, name, content, says):

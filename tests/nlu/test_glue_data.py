@@ -174,8 +174,8 @@ def test_a_bad_table_is_named(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"sentence1": "a", "sentence2": "b", "label": 1}\n{"sentence1": \n', "line 2: Expecting value"),
-        ('["a"]', "item 1: not a JSON object"),
+        ('{"sentence1": "a", "sentence2": "b", "label": 1}\n{"sentence1": \n', "line 2: no JSON: Expecting value"),
+        ('["a"]', "row 1: not an object"),
         ('{"sentence1": "a", "label": 1}\n', "line 1: rte needs the columns"),
         (
             '{"sentence1": "a", "sentence2": null, "label": 1}\n',

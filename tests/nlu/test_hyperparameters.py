@@ -181,7 +181,7 @@ def test_prints_flags_one_per_line(capsys):
         (["bert/cola/vblora_qv"], ("'bert'", "roberta_base", "roberta_large")),
         (["roberta_base/wnli/vblora_qv"], ("'wnli'", "stsb")),
         (["roberta_base/cola/k"], ("'k'", "vblora_qv", "tied_lora_all")),
-        (["roberta_base"], ("MODEL/TASK/METHOD", "roberta_base/cola/vblora_all")),
+        (["roberta_base"], ("MODEL/TASK/METHOD", "roberta_base/sst2/vblora_all")),
         ([], ("usage", "roberta_base", "cola", "vblora_qv")),
     ],
 )

@@ -138,13 +138,20 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(method, flags, tmp_path, 
         assert logs[0].keys() == logs[1].keys() and all(torch.equal(logs[0][key], logs[1][key]) for key in logs[0])
 
 
-@pytest.mark.parametrize("method", ["vblora", "vblora_selection"])
-def test_a_run_interrupted_within_an_epoch_ends_the_same_with_the_same_log(method, flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "save_steps", "max_steps"),
+    [("vblora", 3, -1), ("vblora_selection", 3, -1), ("vblora", 4, -1), ("vblora", 6, 6)],
+)
+def test_a_run_interrupted_at_any_step_ends_the_same_with_the_same_log(
+    method, save_steps, max_steps, flags, tmp_path, monkeypatch
+):
+    """Within an epoch; at the last step of one, before its evaluation; at the last step of all, within an epoch."""
     command = ["--method", method, *METHODS[method], "--per_device_train_batch_size", "8", "--save_strategy", "steps"]
-    command += ["--save_steps", "3", "--gradient_accumulation_steps", "2"]  # 4 steps an epoch
+    command += ["--save_steps", str(save_steps), "--gradient_accumulation_steps", "2"]  # 4 steps an epoch
+    command += ["--max_steps", str(max_steps)]
     whole = run_glue.main(flags(*command, out=tmp_path / "whole"))
     parts = in_two_parts(flags(*command, out=tmp_path / "parts"), monkeypatch)
-    assert parts["scores"]["epochs"][-1] == whole["scores"]["epochs"][-1]
+    assert (parts["scores"], parts["steps"]) == (whole["scores"], whole["steps"])
     logs = [read_tensors(tmp_path / name / "selections.safetensors")[0] for name in ("whole", "parts")]
     assert logs[0].keys() == logs[1].keys() and "running_changes" not in logs[0]
     assert all(torch.equal(logs[0][key], logs[1][key]) for key in logs[0])
@@ -245,6 +252,29 @@ def test_flags_override_their_row_and_the_record_says_which():
     assert (chosen.topk, chosen.rank, glue.max_length) == (3, 4, 512)
     assert runs.overrides(command) == {"topk": "3"}
     assert runs.overrides(["--bf16", "--num-train-epochs=3"]) == {"bf16": "true", "num_train_epochs": "3"}
+
+
+def test_plan_shows_what_the_run_resolves_and_writes_nothing(flags, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    assert run_glue.main(flags(*SIZES, "--plan")) == {}
+    shown = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert shown["topk"] == ["2", "flag"] and shown["max_length"] == ["128", "default"]
+    assert shown["learning_rate_logits"] == ["0.01", "default,", "the", "paper's"]
+    assert sorted(tmp_path.rglob("*")) == before
+    config = tmp_path / "run.yaml"
+    config.write_text("topk: 3\nnum_train_epochs: 1\nlearning_rate_logits: 2e-2\n")
+    record = run_glue.main(flags(*SIZES, "--config", str(config)))  # whose --topk and --num_train_epochs are flags
+    assert record["overrides"]["learning_rate_logits"] == "0.02" and record["settings"]["topk"] == 2
+    assert record["settings"]["learning_rate_logits"] == 0.02 and record["steps"] == 4
+    assert "config" not in record["settings"] and str(tmp_path) not in str(record)
+
+
+def test_the_log_has_the_rate_of_every_group(flags, tmp_path):
+    run_glue.main(flags(*SIZES, "--num_train_epochs", "1", "--learning_rate_logits", "0.02"))
+    (state,) = (tmp_path / "run").glob("checkpoint-*/trainer_state.json")
+    (entry,) = (e for e in read_json(state)["log_history"] if "learning_rate" in e)
+    assert entry["learning_rate_logits"] == pytest.approx(20 * entry["learning_rate_vector_bank"])
+    assert {"learning_rate_weights", "learning_rate_biases"} <= entry.keys()
 
 
 def test_an_unknown_flag_is_refused(flags):

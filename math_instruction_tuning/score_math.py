@@ -1,6 +1,6 @@
 """Score outputs on GSM8K or MATH, by the published rule of VB-LoRA's scripts and by a corrected one.
 
-    python math_instruction_tuning/score.py OUTPUTS REFERENCES [--set gsm8k|math] [--json FILE] [--list FILE]
+    python math_instruction_tuning/score_math.py OUTPUTS REFERENCES [--set gsm8k|math] [--json FILE] [--list FILE]
         [--workers N] [--time_limit SECONDS]
 
 OUTPUTS has one output per problem, in order, and is one of
@@ -31,7 +31,7 @@ from vblora_experiments import commands
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Score, print, and return what --json writes."""
-    parser = argparse.ArgumentParser(prog="score", description="Accuracy on GSM8K or MATH by two rules.")
+    parser = argparse.ArgumentParser(prog="score_math", description="Accuracy on GSM8K or MATH by two rules.")
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="one output per problem: .jsonl, .json or text")
     parser.add_argument("references", metavar="REFERENCES", help="a .jsonl or .json file, or a name on the hub")
     parser.add_argument("--set", choices=math_references.KINDS, help="default: by the keys of the references")
@@ -75,7 +75,7 @@ def print_table(result: dict[str, Any]) -> None:
         for trouble in ("timed_out", "failed"):
             if row[trouble]:
                 words = f"{row[trouble]} answers {trouble.replace('_', ' ')} in judging, and count as wrong"
-                print(f"score: warning: {rule}: {words}", file=sys.stderr)
+                print(f"score_math: warning: {rule}: {words}", file=sys.stderr)
     for heading in ("levels", "subjects"):
         if result[heading]:
             print(f"{heading}, corrected rule")
@@ -89,4 +89,4 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    commands.run(main, "score")
+    commands.run(main, "score_math")

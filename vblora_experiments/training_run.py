@@ -1,0 +1,74 @@
+"""What the trainings of causal language models share: going on, saving, and the result that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from vblora.adapter import Adapter
+from vblora.io import read_json, write_json
+from vblora.models import TRAINING_FILE
+from vblora.trainer import AdapterTrainer
+from vblora_experiments import records, runs
+
+
+def once(out: Path, plan: dict[str, Any], training: TrainingArguments, fit: Callable[[], None]) -> dict[str, Any]:
+    """What training.json in a run's folder holds, after `fit` where it is not there yet; nothing in other processes.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
+        fit()
+    return read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
+
+
+def train(trainer: AdapterTrainer, out: Path) -> bool:
+    """Train, from the last checkpoint if there is one, and save last/; whether this process writes."""
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint or runs.last_checkpoint(out))
+    if not trainer.is_world_process_zero():
+        return False
+    trainer.adapter.save(str(out / "last"))
+    return True
+
+
+def write(out: Path, plan: dict[str, Any], trainer: AdapterTrainer, more: Mapping[str, Any]) -> None:
+    """Write training.json: what is known of any training, and what `more` says of this one."""
+    write_json(
+        out / TRAINING_FILE,
+        {
+            "settings": plan,
+            "epochs": trainer.state.epoch or 0,
+            "steps": trainer.state.global_step,
+            **of_adapter(trainer),
+            "train_seconds": round(trainer.train_seconds, 3),
+            "peak_memory_mib": records.peak_memory_mib(),
+            **records.environment(),
+            **more,
+        },
+    )
+
+
+def of_adapter(trainer: AdapterTrainer) -> dict[str, Any]:
+    """What a result says of the adapter: its settings, the recipe they come from, and what is stored."""
+    adapter = trainer.adapter
+    return {
+        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
+        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
+        "stored_parameters": adapter.stored_parameters()._asdict(),
+    }
+
+
+def heading(experiment: str, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What the record of a language model's run begins with: what it is of, and all of training.json."""
+    settings = trained["settings"]
+    names = {"model": settings["model_name_or_path"], "method": settings["method"], "seed": settings["seed"]}
+    return {"experiment": experiment, **names, **trained}
+
+
+def bytes_on_disk(out: Path) -> int:
+    """The bytes of the tensors in last/."""
+    return sum(path.stat().st_size for path in (out / "last").glob("*.safetensors"))
