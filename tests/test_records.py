@@ -36,6 +36,22 @@ def test_a_folder_that_another_process_trains_into_is_refused(tmp_path):
     assert runs.begin(tmp_path / "run", {"seed": 0}) is None  # and the same process may begin again
 
 
+def test_what_a_killed_run_left_half_written_is_swept_by_the_next(tmp_path):
+    from vblora.io import replacing
+
+    kept = [tmp_path / name for name in ("last/adapter.safetensors", "best/.hidden", "run.json", ".gitignore")]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text('{"seed": 0}')
+    for place in ("selections.safetensors", "last/adapter.safetensors", "checkpoint-3/adapter_config.json"):
+        with replacing(tmp_path / place) as temporary:
+            temporary.write_text("whole")
+        temporary.write_text("half")  # as if the process had ended within
+    runs.begin(tmp_path, {"seed": 0})
+    assert not list(tmp_path.rglob(".*.????????"))
+    assert all(path.exists() for path in kept)
+
+
 def test_the_clock_counts_what_came_before_a_checkpoint_within_an_epoch(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])

@@ -181,6 +181,8 @@ class Script:
         """The values as the flags' types have them."""
         hints = {name: hint for kind in self._all_kinds() for name, hint in typing.get_type_hints(kind).items()}
         actions = {action.dest: action for action in reversed(parser._actions)}
+        if unknown := next((name for name in values if name not in actions), None):
+            raise ValueError(f"{where}: {self.name} has no flag --{unknown}")
         return {name: _typed(value, name, hints[name], actions[name], where) for name, value in values.items()}
 
 

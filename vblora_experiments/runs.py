@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from vblora_experiments.arguments import MethodArguments, given, split
 from vblora_experiments.secrets import without_secrets
 
 LOCK_FILE = ".lock"
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `vblora.io.replacing` calls what it writes first
 # What may differ when a run goes on where it stopped: where things are, and how they are shown.
 FREE_TO_CHANGE = {
     *("output_dir", "logging_dir", "disable_tqdm", "report_to", "resume_from_checkpoint", "data_dir", "use_cpu"),
@@ -209,6 +211,15 @@ def _lock(directory: Path) -> None:
         file.close()
         raise ValueError(f"another process trains into {directory}: wait for it, or end it") from error
     _locks[directory.resolve()] = file
+    _sweep(directory)  # with the lock nobody else writes here
+
+
+def _sweep(directory: Path) -> None:
+    """Remove the temporary files that a killed run has left among what it writes."""
+    for folder in (directory, *(directory / name for name in ("last", "best")), *directory.glob("checkpoint-*")):
+        for path in folder.glob(".*") if folder.is_dir() else ():
+            if TEMPORARY.fullmatch(path.name) and path.is_file():
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------- runs of a table
