@@ -122,6 +122,14 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(save, flags, tmp_path, mo
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
 
 
+def test_plan_without_the_models_configuration_shows_the_settings_alone(tmp_path, flags, capsys):
+    nowhere = ["--model_name_or_path", str(tmp_path / "nowhere"), "--plan"]
+    assert instruct.main([*flags(*VBLORA), *nowhere], folder()) == {}
+    printed = capsys.readouterr().out
+    assert "learning_rate_logits" in printed and "memory and time are not estimated: " in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_held_out_rows_are_the_same_for_every_seed(flags):
     rows = list(range(50))
 

@@ -29,13 +29,12 @@ FIELDS = ("r", "num_vectors", "vector_length", "topk")  # of VB-LoRA; the other 
 QV = ["q_proj", "v_proj"]  # of Llama, Mistral and Gemma
 
 
-def of_run(instruct: Any, method: Any, training: TrainingArguments) -> dict[str, Any]:
-    """The estimates of one run, by name.
+def of_run(model: Any, instruct: Any, method: Any, training: TrainingArguments) -> dict[str, Any]:
+    """The estimates of one run, by name; `model` is its `skeleton`.
 
     Raises:
-        ValueError: the configuration cannot be had, or the method does not fit the model.
+        ValueError: the method does not fit the model.
     """
-    model = skeleton(instruct.model_name_or_path)
     total = sum(p.numel() for p in model.parameters())
     full = method.method == "full"  # its weights are among what is trained
     base = 0 if full else weight_bytes(model, instruct.bits, instruct.dtype)
@@ -66,7 +65,11 @@ def of_run(instruct: Any, method: Any, training: TrainingArguments) -> dict[str,
 
 
 def skeleton(name: str) -> Any:
-    """The model of this name, without memory for its weights."""
+    """The model of this name, without memory for its weights.
+
+    Raises:
+        ValueError: its configuration cannot be had.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = from_hub(lambda: AutoConfig.from_pretrained(name), name, models.FLAG)

@@ -181,8 +181,13 @@ def without_evaluation(known: Any, chosen: set[str]) -> dict[str, tuple[Any, str
 
 
 def planned(run: Run) -> dict[str, Any]:
-    """The estimates of a run, which are printed too."""
-    estimates = estimate.of_run(run.instruct, run.method, run.training)
+    """The estimates of a run, which are printed too; none where the model's configuration cannot be had."""
+    try:
+        model = estimate.skeleton(run.instruct.model_name_or_path)
+    except ValueError as error:
+        print(f"memory and time are not estimated: {error}")
+        return {}
+    estimates = estimate.of_run(model, run.instruct, run.method, run.training)
     print(estimate.describe(estimates))
     return estimates
 
