@@ -59,6 +59,7 @@ def test_windows_line_ends_a_mark_at_the_start_and_line_breaks_in_a_field(tmp_pa
         ("", "the columns mr and ref are needed; found nothing"),
         (HEADER + "name[A],One.\nThe Vaults,Two.\n", r"line 3: no list of name\[value\]"),
         (HEADER + "name[A],One.\nname[B],\n", "line 3: the reference is empty"),
+        ("mr,ref,ref\nname[A],One.,Two.\n", "the column 'ref' is there twice"),
         (HEADER + "name[A]\n", "line 2: . columns instead of 2"),
         (HEADER + "name[A],One.,two\n", "line 2: . columns instead of 2"),
         (HEADER + 'name[A],"One', r"line \d: unexpected end of data"),

@@ -134,6 +134,7 @@ CIDEr: 2.3039
         ("r.jsonl", '{"references": ["a"]}\n{"references": []}\n', "{}, line 2: an empty group"),
         ("r.jsonl", '{"references": "a"}\n', "{}, line 1: not of the form"),
         ("r.jsonl", "[1]\n", "{}, line 1: not an object"),
+        ("r.csv", "MR,ref,mr\na,b,c\n", "{}: the column 'mr' is there twice"),
         ("r.jsonl", "{\n", "{}, line 1: no JSON: Expecting"),
     ],
 )
