@@ -95,14 +95,16 @@ class Campaign(ABC):
         of_row = [r["train_seconds"] / 60 for r in found if r.get("row") == trial.row]
         return (median(of_row), "from this row's records") if of_row else (None, "")
 
-    @abstractmethod
     def kept(self, trial: Any, run: str) -> dict[str, str]:
         """What else of a run is worth keeping: the file's place in the run's folder, and that beside its record.
+
+        Nothing, unless a campaign says otherwise.
 
         Args:
             trial: of the run.
             run: the name of its folder.
         """
+        return {}
 
     def keep(self, trial: Any, record_file: Path, folder: Path) -> None:
         """Copy what else of a run is worth keeping into the folder of collected records."""
@@ -155,7 +157,6 @@ class RowCampaign(Campaign):
         parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help=f"{usual} unless given")
         self.add_places(parser)
 
-    @abstractmethod
     def add_places(self, parser: argparse.ArgumentParser) -> None:
         """Add the options that say where data are, and what else is this campaign's own."""
 
@@ -188,13 +189,13 @@ class RowCampaign(Campaign):
         header, lines, notes = self.lines(groups, options)
         return tables.render(header, lines, options.format, [*note_of(extra), *notes])
 
-    @abstractmethod
     def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
-        """The table as a header and rows of numbers, for CSV."""
+        """The table as a header and rows of numbers, for CSV. (A campaign with a `table` of its own needs none.)"""
+        raise NotImplementedError
 
-    @abstractmethod
     def lines(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], tables.Lines, list[str]]:
-        """The table as a header and lines of text, and the notes below."""
+        """The table as a header and lines of text, and the notes below. (A `table` of its own needs none.)"""
+        raise NotImplementedError
 
     def model_folder(self, trial: Trial, options: argparse.Namespace) -> Path:
         """Of the trial's model in --models_dir."""

@@ -31,7 +31,7 @@ FREE_TO_CHANGE = {
     *("dataloader_pin_memory", "row"),
 }
 # What no plan has: also where the data come from (their fingerprint counts), and what a run is only told at its start.
-NOT_IN_PLAN = FREE_TO_CHANGE | {"data", "config", "plan", "tflops", "device_map"}
+NOT_IN_PLAN = FREE_TO_CHANGE | {*("data", "config", "plan", "tflops", "device_map", "cache_dir", "cache_encoder")}
 # What beside them makes no other experiment of a run: the record has it in its own place.
 NEUTRAL = NOT_IN_PLAN | {
     *("seed", "model_name_or_path", "start_from", "bank_from", "bench_dir", "gsm8k", "math", "judge"),
