@@ -144,3 +144,10 @@ def test_what_is_no_file_of_settings_is_refused(name, content, message, tmp_path
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read("--model_name_or_path", "m", "--config", str(tmp_path / name))
+
+
+def test_no_two_scripts_of_the_task_folders_have_one_name():
+    root = Path(__file__).resolve().parents[1]
+    folders = ("NLU", "NLG", "instruction_tuning", "math_instruction_tuning", "ASR")
+    names = [path.name for folder in folders for path in (root / folder).glob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
