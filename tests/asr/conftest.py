@@ -10,9 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "ASR"))
 
-pytest.importorskip("soundfile")
-pytest.importorskip("jiwer")
-
 from speech_helpers import ENGLISH_ONLY, MULTILINGUAL, TEXTS, save_whisper, write_table  # noqa: E402
 
 

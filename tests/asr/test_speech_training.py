@@ -1,0 +1,309 @@
+"""Training, transcribing and scoring on tones with tiny Whispers of random weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speech_helpers import ENGLISH_ONLY, save_whisper, sound
+from transformers import TrainerCallback, WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import shift_tokens_right
+
+import run_asr
+import score_speech
+import train_speech
+import transcribe
+import word_errors
+from normalisers import raw
+from speech_data import Clip, read_outputs
+from speech_rows import IGNORED, decoder_inputs, text_tokens
+from vblora.io import read_json, read_tensors
+from whisper_models import adapts_encoder, load_tokenizer, load_whisper, prompt_of
+
+METHODS = {
+    "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2", "--rank", "2"],
+    "lora": ["--rank", "2", "--lora_alpha", "2"],
+    "lora_xs": ["--rank", "2"],
+    "full": ["--targets", "both"],
+}
+
+
+# --- Tokens -------------------------------------------------------------------------------------------------------
+
+
+def load(folder):
+    return load_whisper(str(folder), window=1), load_tokenizer(str(folder))
+
+
+def test_prompts_name_language_and_task_where_the_model_has_them(whispers):
+    model, tokenizer = load(whispers["multilingual"])
+    for language, token in (("it", None), ("italian", None), ("xx", "it")):
+        prompt = prompt_of(model, tokenizer, language, token)
+        assert tokenizer.decode(prompt.ids) == "<|startoftranscript|><|it|><|transcribe|><|notimestamps|>"
+        assert (prompt.language, prompt.token) == (language, "<|it|>")
+    model, tokenizer = load(whispers["english"])
+    prompt = prompt_of(model, tokenizer, "it")
+    assert tokenizer.decode(prompt.ids) == "<|startoftranscript|><|notimestamps|>" and prompt.token == ""
+    with pytest.raises(ValueError, match="this model is English-only"):
+        prompt_of(model, tokenizer, "xx", "it")
+
+
+def test_prompts_that_cannot_be_are_refused(whispers, tmp_path):
+    model, tokenizer = load(whispers["multilingual"])
+    with pytest.raises(ValueError, match="--language asturian: .* nearest with --language_token, of en, "):
+        prompt_of(model, tokenizer, "asturian")
+    with pytest.raises(ValueError, match="--language_token qq: Whisper has no token"):
+        prompt_of(model, tokenizer, "it", "qq")
+    with pytest.raises(ValueError, match=r"has no <\|fr\|>"):  # a real language that this vocabulary lacks
+        prompt_of(model, tokenizer, "fr")
+    folder = save_whisper(tmp_path / "no_task", [*ENGLISH_ONLY, "<|it|>"])
+    with pytest.raises(ValueError, match=r"has no <\|transcribe\|>: it cannot be asked for a transcript"):
+        prompt_of(*load(folder), "it")
+
+
+def test_the_decoder_is_to_say_the_text_and_its_end_and_nothing_else(whispers):
+    model, tokenizer = load(whispers["multilingual"])
+    prompt = prompt_of(model, tokenizer, "it")
+    clips = [Clip(None, text, text, f"line {n}") for n, text in enumerate(["do re mi", "do"])]
+    texts = text_tokens(clips, tokenizer, prompt, 32)
+    batch = decoder_inputs(texts, prompt.ids, tokenizer.pad_token_id)
+    read, said = batch["decoder_input_ids"], batch["labels"]
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    for text, row, labels in zip(("do re mi", "do"), read, said, strict=True):
+        counted = labels != IGNORED
+        # The end has a label, though it is the padding's token; what is padded has none.
+        assert tokenizer.decode(labels[counted]) == f" {text}<|endoftext|>"
+        assert counted[: len(prompt.ids) - 1].sum() == 0 and counted[len(prompt.ids) - 1]
+        assert row[: len(prompt.ids)].tolist() == list(prompt.ids)
+    # What is read is what is said, one place later, as the model itself would shift it.
+    shifted = shift_tokens_right(said, tokenizer.pad_token_id, prompt.ids[0])
+    assert torch.equal(shifted[0][len(prompt.ids) :], read[0][len(prompt.ids) :])
+    with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 5"):
+        text_tokens(clips, tokenizer, prompt, 5)
+
+
+def test_a_shorter_window_keeps_the_first_positions(whispers, tmp_path):
+    whole, short = load_whisper(str(whispers["english"]), window=2), load_whisper(str(whispers["english"]), window=1)
+    positions = [model.get_encoder().embed_positions.weight for model in (whole, short)]
+    assert torch.equal(positions[1], positions[0][:50]) and not positions[1].requires_grad
+    with torch.no_grad():
+        assert short.get_encoder()(torch.randn(1, 80, 100)).last_hidden_state.shape == (1, 50, 16)
+    short.save_pretrained(tmp_path / "short")
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path / "short")
+    assert torch.equal(again.get_encoder().embed_positions.weight, positions[1])
+    with pytest.raises(ValueError, match="--window must be from 1 to 2 seconds for this model, not 3"):
+        load_whisper(str(whispers["english"]), window=3)
+
+
+@pytest.mark.parametrize(("targets", "layers"), [("decoder", 20), ("encoder", 12), ("both", 32), ("cross", 8)])
+def test_targets_are_the_layers_of_their_side(targets, layers, whispers, flags, tmp_path):
+    """Two layers a side: 10 linear layers in one of the decoder's, 6 in the encoder's, 4 of the cross-attention."""
+    command = ["--method", "lora", *METHODS["lora"], "--targets", targets, "--max_steps", "1"]
+    result = train_speech.main(flags("english", *command))
+    tensors, _ = read_tensors(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    adapted = {name.rpartition(".lora_")[0] for name in tensors}
+    assert len(adapted) == layers and result["stored_parameters"]["parameters"] == sum(
+        t.numel() for t in tensors.values()
+    )
+    sides = {side for side in ("encoder", "decoder") for name in adapted if f".{side}." in name}
+    assert sides == {"both": {"encoder", "decoder"}, "cross": {"decoder"}}.get(targets, {targets})
+    assert adapts_encoder(load(whispers["english"])[0], targets) == ("encoder" in sides)
+
+
+# --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_transcribe_and_score(method, flags, tones, whispers, cache, tmp_path):
+    kind = "english" if method == "lora" else "multilingual"
+    command = flags(kind, "--method", method, *METHODS[method], "--max_new_tokens", "6")
+    record = run_asr.main(command)
+    losses = record["validation_losses"]
+    assert len(losses) == 2 and losses[1] < losses[0] and record["train_rows"] == 8
+    assert [point["step"] for point in record["curve"]] == [2, 4]
+    said = read_outputs(tmp_path / "run" / "test.tsv")
+    assert list(said) == ["test_0.wav", "test_1.wav", "test_2.wav"]
+    scored = score_speech.main([str(tmp_path / "run" / "test.tsv"), str(tones / "test.tsv")])
+    assert scored["rates"] == record["test"]["rates"] and record["test"]["clips"] == 3
+    assert run_asr.main(command) == record  # finished: not run again
+    if method != "full":
+        (tmp_path / "run" / "test.tsv").unlink()
+        merged = ["--merge", "--max_new_tokens", "6", "--cache_dir", str(cache), "--data_dir", str(tones)]
+        transcribe.main([str(tmp_path / "run"), *merged, "--model_name_or_path", str(whispers[kind])])
+        assert read_outputs(tmp_path / "run" / "test.tsv") == said
+
+
+def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
+    record = run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "4"))
+    assert record["stored_parameters"] == {"parameters": 0, "bytes": 0} and record["steps"] == 0
+    assert not (tmp_path / "run" / "last").exists() and record["prompt"]["token"] == ""
+    with pytest.raises(ValueError, match="--method zero_shot trains nothing"):
+        run_asr.main(flags("english", "--method", "zero_shot", "--rank", "2"))
+
+
+def test_a_fixed_encoder_computed_once_or_in_every_step_gives_one_training(flags, tmp_path):
+    command = ["--method", "vblora", *METHODS["vblora"], "--targets", "cross"]
+    kept = train_speech.main(flags("english", *command, out=tmp_path / "kept"))
+    anew = train_speech.main(flags("english", *command, "--cache_encoder", "false", out=tmp_path / "anew"))
+    assert kept["settings"] == anew["settings"]
+    assert kept["validation_losses"] == pytest.approx(anew["validation_losses"], rel=1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfterFirstSave(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        raise Stop
+
+
+@pytest.mark.parametrize("method", ["vblora", "lora"])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(method, flags, tmp_path, monkeypatch):
+    """Bit for bit, with masks drawn in every step; saved in the middle of an epoch."""
+    command = ["--method", method, *METHODS[method], "--targets", "both", "--spec_augment", "true"]
+    command += ["--save_strategy", "steps", "--save_steps", "3"]
+    whole = train_speech.main(flags("multilingual", *command, out=tmp_path / "whole"))
+    plain = train_speech.main(flags("multilingual", *[*command, "--spec_augment", "false"], out=tmp_path / "plain"))
+    original = train_speech.SpeechTrainer
+
+    def stopping(*arguments, **others):
+        trainer = original(*arguments, **others)
+        trainer.add_callback(StopAfterFirstSave())
+        return trainer
+
+    monkeypatch.setattr(train_speech, "SpeechTrainer", stopping)
+    with pytest.raises(Stop):
+        train_speech.main(flags("multilingual", *command, out=tmp_path / "parts"))
+    monkeypatch.setattr(train_speech, "SpeechTrainer", original)
+    parts = train_speech.main(flags("multilingual", *command, out=tmp_path / "parts"))
+    assert parts["validation_losses"] == whole["validation_losses"] != plain["validation_losses"]
+    tensors = [read_tensors(tmp_path / name / "last" / "adapter_model.safetensors")[0] for name in ("whole", "parts")]
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+
+def test_an_interrupted_transcribing_goes_on_to_the_same_texts(flags, tones, whispers, cache, tmp_path, monkeypatch):
+    train_speech.main(flags("english", "--method", "lora", *METHODS["lora"], "--max_steps", "1"))
+    command = [str(tmp_path / "run"), "--data_dir", str(tones), "--beam", "2", "--max_new_tokens", "5"]
+    command += ["--model_name_or_path", str(whispers["english"]), "--batch_size", "2", "--cache_dir", str(cache)]
+    whole = transcribe.main(command).read_text()
+    (tmp_path / "run" / "test.tsv").unlink()
+    original = transcribe.Progress.add
+
+    def failing(self, texts):
+        original(self, texts)
+        raise Stop
+
+    monkeypatch.setattr(transcribe.Progress, "add", failing)
+    with pytest.raises(Stop):
+        transcribe.main(command)
+    assert not (tmp_path / "run" / "test.tsv").exists()
+    seen = []
+    monkeypatch.setattr(transcribe.Progress, "add", lambda self, texts: (seen.append(texts), original(self, texts)))
+    assert transcribe.main(command).read_text() == whole and len(seen) == 1
+    assert read_json(tmp_path / "run" / "test.decoding.json")["cut"] == sum(len(t) > 0 for t in whole.split("\n")[1:-1])
+    with pytest.raises(ValueError, match="has texts of other settings"):
+        transcribe.main([*command, "--beam", "1"])
+
+
+def test_a_batch_says_what_each_recording_says_alone(whispers, tones, cache):
+    from features import features_of
+    from speech_data import load_split, sound_prints
+
+    model, tokenizer = load(whispers["multilingual"])
+    part = load_split(tones, "test")
+    heard = features_of(part.clips, sound_prints(part.clips), part.seconds, 80, 1, cache)
+    prompt, model = prompt_of(model, tokenizer, "it"), model.eval()
+    for beam in (1, 3):
+        decoding = transcribe.Decoding(beam=beam, max_new_tokens=7)
+        numbers = list(range(len(part.clips)))
+        together = transcribe.texts_of(model, tokenizer, transcribe.batch_of(heard, numbers), prompt, decoding)
+        alone = [
+            transcribe.texts_of(model, tokenizer, transcribe.batch_of(heard, [n]), prompt, decoding) for n in numbers
+        ]
+        assert together == list(itertools.chain(*alone))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--data_dir", "nonesuch"], "nonesuch: no such folder"),
+        (["--window", "3"], "--window must be from 1 to 2 seconds"),
+        (["--long_clips", "cut"], "--long_clips must be one of refuse, leave_out"),
+        (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),
+        (["--targets", "nonesuch"], "match no layer"),
+        (["--targets", "("], r"--targets \(: .*one of decoder, encoder, both, cross"),
+        (["--method", "full"], "--method full trains the whole model: --targets both"),
+        (["--method", "lora", "--topk", "2"], "--topk does nothing with --method lora"),
+        (["--dtype", "float99"], "--dtype float99: no such type"),
+        (["--language", "klingon"], "--language klingon: Whisper has no token"),
+    ],
+)
+def test_wrong_input_to_training_is_named(wrong, message, flags):
+    with pytest.raises(ValueError, match=message):
+        train_speech.main(flags("multilingual", *wrong))
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    from language_helpers import save_tiny_llama
+
+    with pytest.raises(ValueError, match="is a model of type llama, not a Whisper"):
+        load_whisper(str(save_tiny_llama(tmp_path)))
+
+
+def test_an_unreadable_recording_leaves_what_was_transcribed(flags, tones, tmp_path, whispers, cache):
+    run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "3"))
+    before = (tmp_path / "run" / "test.tsv").read_text()
+    (tmp_path / "data").mkdir()
+    soundfile.write(tmp_path / "data" / "a.wav", sound("do"), 8000)
+    (tmp_path / "data" / "test.tsv").write_text("path\ttext\na.wav\tdo\nb.wav\tre\n")
+    command = [str(tmp_path / "run"), "--model_name_or_path", str(whispers["english"]), "--cache_dir", str(cache)]
+    with pytest.raises(ValueError, match=r"test\.tsv, line 3: no recording"):
+        transcribe.main([*command, "--data_dir", str(tmp_path / "data")])
+    assert (tmp_path / "run" / "test.tsv").read_text() == before
+
+
+# --- Rates --------------------------------------------------------------------------------------------------------
+
+
+def test_word_and_character_rates_are_counted_over_all_recordings():
+    references = ["a b c d", "e f"]
+    hypotheses = ["a x c", "e f g h i j k"]
+    rates = word_errors.rates(references, hypotheses, {"raw": raw})["raw"]
+    # One substitution and one deletion; five insertions: 7 of 6 words, which is not cut at 100.
+    assert {n: rates["wer"][n] for n in ("substitutions", "deletions", "insertions", "length")} == {
+        "substitutions": 1,
+        "deletions": 1,
+        "insertions": 5,
+        "length": 6,
+    }
+    assert rates["wer"]["percent"] == pytest.approx(700 / 6)
+    # Of two recordings drawn twice, one of four draws has the better alone, one the worse alone.
+    assert rates["wer"]["low"] == pytest.approx(50) and rates["wer"]["high"] == pytest.approx(250)
+    assert rates["cer"]["length"] == 7 + 3 and rates["cer"]["insertions"] == 10
+    with pytest.raises(ValueError, match="1 references and 0 hypotheses"):
+        word_errors.rates(["a"], [], {"raw": raw})
+    with pytest.raises(ValueError, match="nothing is left of the references"):
+        word_errors.rates(["!"], ["a"], {"none": lambda text: ""})
+
+
+def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
+    assert word_errors.word_counts("", "a b") == (0, 0, 2, 0)
+    errors, lengths = np.array([2, 0]), np.array([0, 4])
+    draws = word_errors.resampled(errors, lengths)
+    assert set(np.round(draws, 6)) == {0.0, 50.0} and len(draws) < word_errors.DRAWS
+
+
+def test_outputs_and_references_must_name_the_same_recordings(tmp_path):
+    (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tdo\n")
+    (tmp_path / "ref.tsv").write_text("path\ttext\na.wav\tdo\nb.wav\tre\n")
+    with pytest.raises(ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has"):
+        score_speech.main([str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")])
+    (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tDo\nb.wav\t\n")
+    arguments = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv"), "--json", str(tmp_path / "rates.json")]
+    result = score_speech.main(arguments)
+    assert result["rates"]["raw"]["wer"]["percent"] == 100 and result["rates"]["unicode"]["wer"]["percent"] == 50
+    assert read_json(tmp_path / "rates.json")["empty_outputs"] == 1
