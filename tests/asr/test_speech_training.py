@@ -53,7 +53,7 @@ def test_prompts_name_language_and_task_where_the_model_has_them(whispers):
 
 def test_prompts_that_cannot_be_are_refused(whispers, tmp_path):
     model, tokenizer = load(whispers["multilingual"])
-    with pytest.raises(ValueError, match="--language asturian: .* nearest with --language_token, of en, "):
+    with pytest.raises(ValueError, match=r"--language asturian: .* nearest with --language_token, of en, "):
         prompt_of(model, tokenizer, "asturian")
     with pytest.raises(ValueError, match="--language_token qq: Whisper has no token"):
         prompt_of(model, tokenizer, "it", "qq")
