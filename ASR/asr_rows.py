@@ -24,7 +24,7 @@ LARGE: dict[str, Any] = {
     "targets": "both",
     "num_train_epochs": 3,
     "per_device_train_batch_size": 16,
-    "warmup_ratio": 0.1,
+    "warmup_steps": 0.1,  # below 1: a share of all steps
     "bf16": True,
     "long_clips": "leave_out",
 }
@@ -69,6 +69,8 @@ METHODS: dict[str, dict[str, Any]] = {
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("tiny_en", "recipe_small"): {"recipe_bytes": 63_800},  # LoRA of rank 8 on the decoder: 319,488 numbers
     ("base", "recipe_small"): {"recipe_bytes": 127_000},  # 638,976
+    # On both sides of large-v2: 14,417,920.
+    **{(model, "recipe_small"): {"recipe_bytes": 2_880_000} for model in ("large_v2_fleurs", "large_v2_common_voice")},
     **{(model, "vblora"): {"num_vectors": 90, "vector_length": 128} for model in ("tiny_en", "base")},
     **{(model, "vera"): {"rank": 1024} for model in ("large_v2_fleurs", "large_v2_common_voice")},
 }

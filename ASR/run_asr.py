@@ -104,6 +104,7 @@ def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], dec
         **trained,
         "decoding": asdict(decoding),
         **parts,
+        "scores": {kind.upper(): rate["percent"] for kind, rate in parts["test"]["rates"][MAIN].items()},
         "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
     }
 

@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {
+    "asr": "ASR/reproduce_asr.py",
     "recipe": "NLU/recipe_study.py",
     "field": "NLU/field_study.py",
     "table2": "NLG/reproduce_e2e.py",

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # One table of the paper: ./scripts/reproduce.sh table1 [--sizes base large] [--plan] ...; TABLE --help says more.
-# table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's, table3 MT-Bench's, table4 mathematics'.
+# table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's, table3 MT-Bench's, table4 mathematics', asr speech's.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 "$here/scripts/setup.sh"
 export TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
+    asr) script=ASR/reproduce_asr.py ;;
     recipe) script=NLU/recipe_study.py ;;
     field) script=NLU/field_study.py ;;
     table2) script=NLG/reproduce_e2e.py ;;

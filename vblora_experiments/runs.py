@@ -35,7 +35,7 @@ NOT_IN_PLAN = FREE_TO_CHANGE | {*("data", "config", "plan", "tflops", "device_ma
 # What beside them makes no other experiment of a run: the record has it in its own place.
 NEUTRAL = NOT_IN_PLAN | {
     *("seed", "model_name_or_path", "start_from", "bank_from", "bench_dir", "gsm8k", "math", "judge"),
-    *("decode_batch_size", "solve_batch_size", "judge_workers"),
+    *("decode_batch_size", "solve_batch_size", "judge_workers", "cache_dir", "cache_encoder"),
 }
 STARTS = ("start_from", "bank_from")  # what a run may begin with; the plan has a fingerprint of it
 # Training arguments that a plan has even where they are at their default.

@@ -1,0 +1,218 @@
+"""The speech table: plan its runs, run those that have no record yet, print it.
+
+    ./scripts/reproduce.sh asr --data_dir DIR --models_dir DIR             # tiny.en to Italian and Russian
+    ./scripts/reproduce.sh asr --sizes large_v2_fleurs --plan              # what FLEURS takes with large-v2
+    ./scripts/reproduce.sh asr --sizes base --languages it --methods recipe --seeds 0 --data_dir DIR --models_dir DIR
+
+--data_dir holds a folder for each language (it, ru; of FLEURS it_it and so on), each with train.tsv, dev.tsv and
+test.tsv. The model as it is (zero_shot) is always a row, at the row's window and at the whole one of 30 seconds. A run
+trains, transcribes and scores. Flags after "--" go to every run as they are (such as -- --bf16 false). Run it again to
+go on: what has a record is not run again, what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import asr_secondary
+from asr_rows import LANGUAGES, METHODS, MODELS, ROWS, row
+from vblora_experiments import campaign, commands, schedule, tables
+from vblora_experiments.campaign import Groups
+from vblora_experiments.rows import check_names
+from vblora_experiments.runs import Trial as AnyTrial
+from vblora_experiments.runs import real_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+ZERO_SHOT, WHOLE_WINDOW = "zero_shot", 30
+SEEDS = (0, 1, 2)
+TITLES = {
+    "zero_shot": "zero-shot",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "vera": "VeRA",
+    "lora_xs": "LoRA-XS",
+    "vblora": "VB-LoRA, the paper's settings",
+    "recipe": "VB-LoRA, recipe",
+    "recipe_small": "VB-LoRA, recipe, a twentieth",
+}
+MODEL_TITLES = {
+    "tiny_en": "tiny.en",
+    "base": "base",
+    "large_v2_fleurs": "large-v2, FLEURS",
+    "large_v2_common_voice": "large-v2, Common Voice",
+}
+# The rates of the table: which part, under which normaliser, words or characters.
+SHOWN = {
+    "WER": ("test", "unicode", "wer"),
+    "CER": ("test", "unicode", "cer"),
+    "WER as written": ("test", "raw", "wer"),
+    "dev WER": ("dev", "unicode", "wer"),
+}
+
+
+@dataclass(frozen=True)
+class Trial(AnyTrial):
+    """A row MODEL/METHOD for one language and one seed; the variant is the language, and the window if another."""
+
+    def row_flags(self) -> dict[str, Any]:
+        return row(self.row)
+
+    @property
+    def folder(self) -> str:
+        """Of the language's tables."""
+        return LANGUAGES[self.model][self.changes["language"]].folder
+
+
+class Speech(campaign.RowCampaign):
+    """The table."""
+
+    description = str(__doc__)
+    rows = ROWS
+    script = ROOT / "ASR" / "run_asr.py"
+    experiment, models_flag, models = "asr", "sizes", campaign.by_own_names(MODELS)
+    chosen = (("tiny_en",), list(METHODS), SEEDS)
+    passed_on = ()
+    runs = ROOT / "runs" / "asr"
+    kind = "asr"
+    filters = ("sizes", "methods", "seeds", "languages")
+    own_flags = campaign.Campaign.own_flags | {"language", "language_token"}
+
+    def add_places(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--languages", nargs="+", help="codes; all that the size has unless given")
+        parser.add_argument("--data_dir", type=Path, help="folder with a folder of tables for each language")
+
+    def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Any]:
+        check_names("method", options.methods, list(METHODS))
+        known = list(dict.fromkeys(code for size in options.sizes for code in LANGUAGES[size]))
+        check_names("language", options.languages or [], known)
+        return list(_trials(options, real_flags(extra)))
+
+    def check_places(self, trials: Sequence[Any], options: argparse.Namespace) -> None:
+        if trials and not options.plan and options.data_dir is None:
+            raise ValueError("--data_dir is needed: a folder with a folder of tables for each language (--help)")
+        for trial in trials if options.data_dir else ():
+            if not (table := options.data_dir / trial.folder / "test.tsv").is_file():
+                raise ValueError(f"--data_dir {options.data_dir} has no {trial.folder}/{table.name}")
+        super().check_places(trials, options)
+
+    def check_flags(self, command: list[str]) -> None:
+        import run_asr  # takes seconds, as transformers does
+        import train_speech
+
+        train_speech.parse(run_asr.parse(command)[2])
+
+    def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
+        job = super().job(trial, options, extra)
+        job.command += ["--data_dir", str(options.data_dir / trial.folder)]
+        job.command += [part for flag, value in trial.changes.items() for part in (f"--{flag}", value)]
+        return job
+
+    def table(
+        self,
+        trials: Sequence[Any],
+        found: Sequence[dict[str, Any]],
+        options: argparse.Namespace,
+        extra: Mapping[str, str],
+    ) -> str | None:
+        groups = grouped(trials, found)
+        if not groups:
+            return None
+        if options.format == "csv":
+            return tables.as_csv(*self.numbers(groups, options))
+        header, lines, notes = self.lines(groups, options)
+        return tables.render(header, lines, options.format, [*campaign.note_of(extra), *notes])
+
+    def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
+        return CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()]
+
+    def lines(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], tables.Lines, list[str]]:
+        header = ["model", "language", "method", "# params", "", "WER", "95%", *list(SHOWN)[1:], "cut"]
+        large = any(size.startswith("large") for size in options.sizes)
+        lines = [_line(name, group) for name, group in groups.items()]
+        return header, lines, [asr_secondary.NOTE] if large else []
+
+    def kept(self, trial: Any, run: str) -> dict[str, str]:
+        """Nothing beside the record: the texts are of others' recordings."""
+        return {}
+
+
+def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[Trial]:
+    """The rows of each size and language; zero-shot first, of one seed, as it has no chance in it."""
+    methods = list(dict.fromkeys([ZERO_SHOT, *options.methods]))
+    for size in options.sizes:
+        for code, language in LANGUAGES[size].items():
+            if options.languages and code not in options.languages:
+                continue
+            changes = {"language": code} | ({"language_token": language.token} if language.token else {})
+            if int(row(f"{size}/{ZERO_SHOT}").get("window", WHOLE_WINDOW)) < WHOLE_WINDOW:
+                whole = {**changes, "window": str(WHOLE_WINDOW)}
+                yield Trial(f"{size}/{ZERO_SHOT}", f"{code}_window{WHOLE_WINDOW}", whole, extra=extra)
+            for method in methods:
+                for seed in options.seeds if method != ZERO_SHOT else (0,):
+                    yield Trial(f"{size}/{method}", code, changes, seed, extra)
+
+
+def grouped(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> Groups:
+    """The records of the trials by row and variant, a blank between, in the trials' order.
+
+    Raises:
+        ValueError: the records of a row were made on different data, and are not to be averaged.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
+            groups.setdefault(f"{trial.row} {trial.variant}", []).append(record)
+    for name, group in groups.items():
+        if len({record["settings"]["data_fingerprint"] for record in group}) > 1:
+            raise ValueError(f"the records of {name} were made on different data: remove those not meant")
+    return groups
+
+
+def _rates(group: Sequence[dict[str, Any]], name: str, key: str = "percent") -> list[float]:
+    part, normaliser, kind = SHOWN[name]
+    return [record[part]["rates"][normaliser][kind][key] for record in group]
+
+
+def _line(name: str, group: Sequence[dict[str, Any]]) -> list[str]:
+    """A row's line: means over the seeds and deviations; the interval is the mean of the seeds' own."""
+    row_name, variant = name.split()
+    (model, method), (language, *window) = row_name.split("/"), variant.split("_window")
+    title = TITLES[method] + (f", {window[0]} s" if window else "")
+    low, high = (mean(_rates(group, "WER", end)) for end in ("low", "high"))
+    shown = [tables.number(mean(v), stdev(v) if len(v) > 1 else None) for v in (_rates(group, n) for n in SHOWN)]
+    cut = sum(record["test"]["cut"] for record in group)
+    texts = sum(record["test"]["clips"] for record in group)
+    count = tables.count(group[0]["stored_parameters"]["parameters"])
+    interval = f"{low:.1f} to {high:.1f}"
+    first = [MODEL_TITLES[model], language, title, count, campaign.seeds_of(group)]
+    return [*first, shown[0], interval, *shown[1:], f"{cut} of {texts}"]
+
+
+CSV_HEADER = ["model", "language", "method", "window", "parameters", "seeds"]
+CSV_HEADER += [f"{name}{ending}" for name in SHOWN for ending in ("", "_sd", "_low", "_high")]
+
+
+def _csv_row(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
+    row_name, variant = name.split()
+    (model, method), (language, *_) = row_name.split("/"), variant.split("_window")
+    window = group[0]["settings"]["window"]
+    values: list[Any] = [model, language, method, window, group[0]["stored_parameters"]["parameters"], len(group)]
+    for score in SHOWN:
+        own = _rates(group, score)
+        values += [mean(own), stdev(own) if len(own) > 1 else None]
+        values += [mean(_rates(group, score, end)) for end in ("low", "high")]
+    return values
+
+
+def main(arguments: list[str]) -> None:
+    campaign.run(Speech(), arguments)
+
+
+if __name__ == "__main__":
+    commands.run(main, "reproduce")

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Whisper base, full fine-tuning; --language and --data_dir name the recordings.
+exec "$(dirname "${BASH_SOURCE[0]}")/../run.sh" base/full "$@"

@@ -1,0 +1,175 @@
+"""The speech table as a whole: its rows and scripts, the plan, a tiny one run by the real command, the table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers.models.whisper.tokenization_whisper import LANGUAGES as OF_WHISPER
+
+import asr_rows
+import asr_secondary
+import reproduce_asr
+import run_asr
+import train_speech
+from asr_rows import LANGUAGES, METHODS, MODELS, row
+from reproduce_asr import Speech, Trial
+from vblora.io import read_json
+from vblora_experiments import campaign, schedule
+
+FOLDER = Path(asr_rows.__file__).parent
+TABLE = Speech()
+
+
+def planned(*arguments):
+    return TABLE.plan(campaign.parse(TABLE, ["asr", *arguments]), {})
+
+
+def record(trial, wer, data="d", cut=0):
+    rate = {"percent": wer, "low": wer - 5, "high": wer + 5}
+    rates = {name: {"wer": rate, "cer": rate} for name in run_asr.NORMALISERS}
+    flags = {**row(trial.row), **trial.overrides}
+    return {
+        "experiment": "asr",
+        "row": trial.row,
+        "overrides": dict(trial.overrides),
+        "seed": trial.seed,
+        "settings": {**flags, "data_fingerprint": data},
+        "dev": {"rates": rates, "clips": 30, "cut": 0},
+        "test": {"rates": rates, "clips": 61, "cut": cut},
+        "scores": {"WER": wer, "CER": wer},
+        "stored_parameters": {"parameters": 15_974},
+        "train_seconds": 600.0,
+    }
+
+
+def printed(trials, found, *arguments):
+    return TABLE.table(trials, found, campaign.parse(TABLE, ["asr", *arguments]), {})
+
+
+def test_every_row_is_taken_by_the_run():
+    for model in MODELS:
+        for method in METHODS:
+            arguments = ["--row", f"{model}/{method}", "--data_dir", "x", "--language", "it", "--use_cpu", "true"]
+            arguments += ["--bf16", "false"]
+            _, decoding, rest = run_asr.parse(arguments)
+            speech, chosen, training = train_speech.parse(rest)
+            assert chosen.method == row(f"{model}/{method}")["method"] and speech.language == "it"
+            assert training.max_steps > 0 or training.num_train_epochs == 3
+            assert decoding.max_new_tokens == row(f"{model}/{method}")["max_new_tokens"]
+
+
+def test_every_script_names_its_row():
+    """Each script hands its row and all flags to run.sh, which hands them to run_asr.py."""
+    scripts = sorted((FOLDER / "scripts").iterdir())
+    assert [script.name for script in scripts] == sorted(f"{r}_{m}.sh" for m in MODELS for r in METHODS)
+    for script in scripts:
+        words = shlex.split(script.read_text().splitlines()[-1])
+        model, method = words[2].split("/")
+        assert script.name == f"{method}_{model}.sh" and words[3:] == ["$@"] and os.access(script, os.X_OK)
+
+
+def test_unseen_languages_are_unseen_and_have_a_token_chosen():
+    for model in ("large_v2_fleurs", "large_v2_common_voice"):
+        for code, language in LANGUAGES[model].items():
+            assert code not in OF_WHISPER and language.token in OF_WHISPER
+    assert all(code in OF_WHISPER and not language.token for code, language in LANGUAGES["base"].items())
+
+
+def test_the_plan_has_zero_shot_always_once_and_at_the_whole_window():
+    names = [trial.name for trial in planned("--methods", "lora", "--languages", "it", "--seeds", "0", "1")]
+    assert names == [
+        "tiny_en_zero_shot_it_window30_seed0",
+        "tiny_en_zero_shot_it_seed0",
+        "tiny_en_lora_it_seed0",
+        "tiny_en_lora_it_seed1",
+    ]
+    large = planned("--sizes", "large_v2_fleurs", "--methods", "recipe", "--seeds", "0")
+    assert len(large) == 2 * len(asr_rows.FLEURS_UNSEEN)
+    assert large[0].changes == {"language": "ast", "language_token": "es"} and large[0].folder == "ast_es"
+    with pytest.raises(ValueError, match="unknown language 'xx'; known: it, ru"):
+        planned("--languages", "xx")
+
+
+def test_the_table_is_of_means_intervals_and_what_was_cut():
+    trials = planned("--methods", "recipe_small", "--languages", "it")
+    values = [220.0, 140.0, 50.0, 52.0, 54.0]
+    found = [record(trial, wer, cut=2) for trial, wer in zip(trials, values, strict=True)]
+    lines = printed(trials, found).splitlines()
+    assert lines[0].startswith("| model | language | method | # params |  | WER | 95% | CER |")
+    assert lines[2].startswith("| tiny.en | it | zero-shot, 30 s | 0.016M | 1 seed | 220.0 | 215.0 to 225.0 |")
+    assert lines[3].startswith("| tiny.en | it | zero-shot | 0.016M | 1 seed | 140.0 |")
+    assert lines[4] == (
+        "| tiny.en | it | VB-LoRA, recipe, a twentieth | 0.016M | 3 seeds | 52.0 ± 2.0 | 47.0 to 57.0 | 52.0 ± 2.0 "
+        "| 52.0 ± 2.0 | 52.0 ± 2.0 | 6 of 183 |"
+    )
+    rows = list(csv.DictReader(io.StringIO(printed(trials, found, "--format", "csv"))))
+    assert [(r["method"], r["window"], float(r["WER"])) for r in rows] == [
+        ("zero_shot", "30", 220.0),
+        ("zero_shot", "8", 140.0),
+        ("recipe_small", "8", 52.0),
+    ]
+    assert r"52.0 $\pm$ 2.0" in printed(trials, found, "--format", "latex")
+    assert printed(trials, []) is None
+    other = record(trials[-1], 54.0, data="other")
+    with pytest.raises(ValueError, match="made on different data"):
+        printed(trials, [*found[:-1], other])
+
+
+def test_what_others_print_is_a_note_and_no_row():
+    trials = planned("--sizes", "large_v2_fleurs", "--methods", "vblora", "--seeds", "0", "--languages", "ast")
+    text = printed(trials, [record(trial, 60.0) for trial in trials], "--sizes", "large_v2_fleurs")
+    assert text.splitlines()[-1] == asr_secondary.NOTE and "0.5075" in text and len(text.splitlines()) == 6
+    small = planned("--languages", "it", "--methods", "lora")
+    assert "0.5075" not in printed(small, [record(trial, 60.0) for trial in small])
+
+
+def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):
+    reproduce_asr.main(["asr", "--sizes", "large_v2_common_voice", "--languages", "eo", "--seeds", "0", "--plan"])
+    assert f"{len(METHODS)} runs, of which {len(METHODS)} are to be done" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--data_dir is needed"):
+        reproduce_asr.main(["asr"])
+
+
+def test_missing_tables_and_models_are_named_before_anything_is_run(tones, tmp_path):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match=r"has no it/test\.tsv"):
+        reproduce_asr.main(["asr", "--languages", "it", "--data_dir", str(tmp_path / "data")])
+    (tmp_path / "data" / "it").symlink_to(tones)
+    places = ["--data_dir", str(tmp_path / "data"), "--models_dir", str(tmp_path / "data")]
+    with pytest.raises(ValueError, match=r"has no folder whisper-tiny\.en"):
+        reproduce_asr.main(["asr", "--languages", "it", *places])
+    with pytest.raises(ValueError, match='--language after "--" would undo the plan'):
+        reproduce_asr.main(["asr", "--", "--language", "it"])
+
+
+def test_a_table_of_one_run_from_plan_to_record(tones, whispers, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "data" / "it").symlink_to(tones)
+    (tmp_path / "models" / "whisper-tiny.en").symlink_to(whispers["english"])
+
+    def here(jobs, places):  # the commands, without processes of their own
+        for job in jobs:
+            assert job.command[1] == str(FOLDER / "run_asr.py")
+            run_asr.main(job.command[2:])
+        return []
+
+    monkeypatch.setattr(schedule, "run_all", here)
+    command = ["asr", "--languages", "it", "--methods", "zero_shot", "--runs", str(tmp_path / "runs")]
+    command += ["--data_dir", str(tmp_path / "data"), "--models_dir", str(tmp_path / "models")]
+    more = {"window": 1, "use_cpu": "true", "cache_dir": tmp_path / "cache", "max_new_tokens": 3}
+    monkeypatch.setattr(reproduce_asr, "WHOLE_WINDOW", 1)  # a tiny model hears no 30 seconds
+    flags = [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    reproduce_asr.main([*command, "--collect", str(tmp_path / "kept"), "--", *flags])
+    assert "| tiny.en | it | zero-shot | 0.000M | 1 seed |" in capsys.readouterr().out
+    (file,) = (tmp_path / "kept").glob("*.json")
+    kept = read_json(file)
+    assert Trial("tiny_en/zero_shot", "it", {"language": "it"}, 0, {"window": "1", "max_new_tokens": "3"}).is_of(kept)
+    assert not any(text in str(kept) for text in ("do re", str(tmp_path)))
+    reproduce_asr.main([*command, "--", *flags])  # finished: not run again
+    assert "1 runs, of which 0 are to be done" in capsys.readouterr().err
