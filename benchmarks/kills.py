@@ -170,7 +170,7 @@ def e2e(folder: Path) -> tuple[Callable[[list[str]], Any], list[str]]:
     generate_e2e.write(folder / "data", 12, 3, 3, seed=0)
     places = ["--model_name_or_path", str(causal_model(folder)), "--data_dir", str(folder / "data")]
     more = ["--warmup_steps", "0", "--quick_samples", "0", "--eval_on_start", "true", "--max_train_samples", "40"]
-    return train.main, [*places, *SMALL, *more, "--max_length", "64"]
+    return train.main, [*places, *SMALL, *more, "--max_length", "256"]
 
 
 def instruct(folder: Path) -> tuple[Callable[[list[str]], Any], list[str]]:
