@@ -15,6 +15,14 @@ def _seed_and_one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _power_stays_on():
+    """Waiting for the disk to have written each file would take minutes in all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture
 def real_data():
     """A function from a folder name to that folder of real data; skips where it is missing."""

@@ -19,7 +19,7 @@ from vblora.io import read_json
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
 # The command itself, one that reads records, one that needs a run of GLUE, one that kills runs for minutes.
-NOT_IN_ALL = ("all", "show", "going_on", "kills")
+NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -172,7 +172,7 @@ def test_all(tmp_path, capfd, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in processes of their own")
 def test_a_run_that_is_killed_ends_with_the_record_of_one_that_is_not(capfd):
-    assert benchmark("kills").main(["--kills", "2"]) == 0
+    assert benchmark("killed_saves").main(["--kills", "2"]) == 0
     assert "2 kills over" in capfd.readouterr().out
 
 
@@ -193,3 +193,8 @@ def test_pull_is_one_for_orthogonal_gradients_and_n_for_equal_ones(alike, expect
     found = benchmark("learning").look_at_bank(adapter, model, table)
     assert found["pull"] == pytest.approx(expected)
     assert found["along"] == pytest.approx(1.0 if alike else 8**-0.5)
+
+
+def test_killed_saves(capsys):
+    assert benchmark("killed_saves").main(["--kills", "3"]) == 0
+    assert "3 kills" in capsys.readouterr().out

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import vblora
+from vblora import container
 from vblora.io import read_json, write_json
 
 
 def make(alpha: float) -> vblora.Adapter:
     settings = vblora.TiedLoRAConfig(r=2, lora_alpha=alpha, target_modules=["0", "1"])
-    return vblora.attach(base(), settings, seed=1)
+    adapter = vblora.attach(base(), settings, seed=1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.fill_(alpha)
+    return adapter
 
 
 def base() -> nn.Module:
@@ -28,6 +35,80 @@ def test_settings_of_another_save_are_refused(tmp_path):
     (tmp_path / "b" / "adapter_config.json").replace(tmp_path / "a" / "adapter_config.json")
     with pytest.raises(ValueError, match="does not belong to the adapter_config"):
         vblora.load(base(), tmp_path / "a")
+
+
+def state(directory):
+    """Which of `make`'s adapters this directory holds, all of it: the value is in its settings and in its numbers."""
+    adapter = vblora.load(base(), directory)
+    assert all((parameter == adapter.config.lora_alpha).all() for parameter in adapter.parameters())
+    return adapter.config.lora_alpha
+
+
+def killed_at(event, directory, alpha):
+    """Another process saves, and ends at this of its file events; whether it came to it."""
+    adapter, count = make(alpha), 0
+    pid = os.fork()
+    if pid == 0:
+
+        def count_events(name, _):
+            nonlocal count
+            if name in ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir", "os.listdir"):
+                count += 1
+                if count > event:
+                    os._exit(9)
+
+        sys.addaudithook(count_events)
+        adapter.save(directory)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_a_save_killed_at_any_file_event_leaves_one_of_the_two_adapters(tmp_path):
+    found, event, before = [], 0, 2.0
+    make(before).save(tmp_path)
+    while killed_at(event, tmp_path, before + 1):
+        now = state(tmp_path)
+        assert now in (before, before + 1)
+        found.append(now == before)
+        before, event = now, event + 1
+    assert state(tmp_path) == before + 1 and len(found) > 10 and not all(found)
+    make(64.0).save(tmp_path)
+    assert state(tmp_path) == 64.0 and read_json(tmp_path / "adapter_config.json")["lora_alpha"] == 64.0
+    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_save_after_a_killed_one_that_fails_leaves_the_adapter(tmp_path, monkeypatch):
+    make(2.0).save(tmp_path)
+    event = 0
+    while killed_at(event, tmp_path, 3.0) and state(tmp_path) == 2.0:
+        event += 1  # up to the tensors in their place, and the settings not yet
+    assert read_json(tmp_path / "adapter_config.json")["lora_alpha"] == 2.0
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(container, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        make(4.0).save(tmp_path)
+    assert state(tmp_path) == 3.0
+
+
+def test_readers_and_writers_at_once_see_whole_adapters(tmp_path):
+    make(2.0).save(tmp_path)
+
+    def write(alpha):
+        adapter = make(alpha)
+        for _ in range(20):
+            adapter.save(tmp_path)
+
+    writers = [threading.Thread(target=write, args=(alpha,)) for alpha in (3.0, 4.0)]
+    for writer in writers:
+        writer.start()
+    seen = set()
+    while any(writer.is_alive() for writer in writers):
+        seen.add(state(tmp_path))
+    assert seen <= {2.0, 3.0, 4.0}
+    assert read_json(tmp_path / "adapter_config.json")["lora_alpha"] == state(tmp_path) != 2.0
 
 
 def test_changed_numbers_are_refused(tmp_path):

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import nn
 
 import vblora
-from vblora import cli
+from vblora import cli, container
 from vblora.bank import at_most_one
-from vblora.files import container, convert, encoding, layer_names, packed
+from vblora.files import convert, encoding, layer_names, packed
 from vblora.files.describe import describe, render
 from vblora.io import read_json, read_tensors
 from vblora.shapes import LayerShape

@@ -15,8 +15,8 @@ import pytest
 import torch
 from core_helpers import adapt, build
 
+from vblora.container import Raw, checksum, deserialize, serialize
 from vblora.files import packed
-from vblora.files.container import Raw, checksum, deserialize, serialize
 
 SPLIT = {"target_modules": ["c_attn"], "split_modules": {"c_attn": ["q", "k", "v"]}}
 HEAD = {"target_modules": ["query"], "modules_to_save": ["classifier"]}

@@ -22,7 +22,7 @@ MOVED = {
     "vblora.methods.vb_lora_selection": "vblora.methods.selection_rules",
     "vblora.storage": "vblora.files.directory",
     "vblora.storage.coding": "vblora.files.encoding",
-    "vblora.storage.container": "vblora.files.container",
+    "vblora.storage.container": "vblora.container",
     "vblora.storage.decoding": "vblora.files.decoding",
     "vblora.storage.files": "vblora.io",
     "vblora.storage.fitting": "vblora.files.match",

@@ -11,19 +11,8 @@ from vblora.bank import select, topk_tensors
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import packed, peft_format
 from vblora.files.content import Content, check_tensors, form_of
-from vblora.files.directory import (
-    CONFIG_FILE,
-    FORMATS,
-    HEAD_PREFIX,
-    TENSOR_FILE,
-    read_config,
-    require_pair,
-    seed_of,
-    to_files,
-    write_files,
-)
+from vblora.files.directory import FORMATS, HEAD_PREFIX, opened, seed_of, to_files, write_files
 from vblora.files.layer_names import natural_order
-from vblora.io import read_json, read_tensors
 from vblora.shapes import LayerShape
 from vblora.targets import find_targets, is_conv1d, layer_shapes
 
@@ -105,19 +94,11 @@ def read_directory(directory: str | Path, model: nn.Module | None = None) -> Con
     directory = Path(directory)
     if directory.is_file():
         return packed.read(directory)
-    config, is_peft = read_config(directory)
-    tensors, metadata = read_tensors(directory / TENSOR_FILE)
-    settings = read_json(directory / CONFIG_FILE)
-    require_pair(directory / TENSOR_FILE, config, tensors, metadata)
+    with opened(directory) as found:
+        tensors, settings, config = found.tensors(), found.settings, found.config
     try:
-        shapes, conv1d = _layers(tensors, config, is_peft, settings, model)
-        if is_peft:
-            assert isinstance(config, VBLoRAConfig)
-            native = peft_format.from_peft(tensors, config, shapes)  # leaves the heads
-            heads = {key.removeprefix(peft_format.PREFIX): t for key, t in tensors.items()}
-        else:
-            heads = {key.removeprefix(HEAD_PREFIX): t for key, t in tensors.items() if key.startswith(HEAD_PREFIX)}
-            native = {key: t for key, t in tensors.items() if not key.startswith(HEAD_PREFIX)}
+        shapes, conv1d = _layers(tensors, config, found.is_peft, settings, model)
+        native, heads = found.split(tensors, shapes)
         check_tensors(native, config.spec(shapes, form_of(native)))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
@@ -130,7 +111,7 @@ def read_directory(directory: str | Path, model: nn.Module | None = None) -> Con
         _topk_form(native, config, directory),
         heads,
         base_name if isinstance(base_name, str) and base_name else None,
-        seed_of(metadata),
+        seed_of(found.metadata),
         conv1d,
     )
 
@@ -192,8 +173,8 @@ def settings_and_heads(directory: Path) -> tuple[AdapterConfig, set[str]]:
     Raises:
         ValueError: as in `read_directory`.
     """
-    config, is_peft = read_config(directory)
-    names, _ = read_tensors(directory / TENSOR_FILE)
+    with opened(directory) as found:
+        config, is_peft, names = found.config, found.is_peft, found.names
     if not is_peft:
         return config, {key.removeprefix(HEAD_PREFIX) for key in names if key.startswith(HEAD_PREFIX)}
     prefix = peft_format.PREFIX

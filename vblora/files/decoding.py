@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vblora.bank import at_most_one
 from vblora.config import TensorSpec
-from vblora.files.container import FLOATS, Raw, is_count
+from vblora.container import FLOATS, Raw, is_count
 from vblora.files.content import check_floats
 from vblora.files.encoding import bits_for, from_int8, from_planes, from_steps, packed_bytes, unpack_bits
 from vblora.files.shared_bank import file_of, is_key

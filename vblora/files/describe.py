@@ -12,9 +12,9 @@ from torch import Tensor
 from vblora.config import VBLoRAConfig
 from vblora.files import packed
 from vblora.files.content import check_floats, check_weights
-from vblora.files.directory import HEAD_PREFIX, TENSOR_FILE, read_config, seed_of
+from vblora.files.directory import HEAD_PREFIX, opened, seed_of
 from vblora.files.peft_format import BANK, PREFIX
-from vblora.io import describe_dtype, read_tensors
+from vblora.io import describe_dtype
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     if directory.is_file():
         return _describe_packed(directory)
-    config, is_peft = read_config(directory)
-    tensors, metadata = read_tensors(directory / TENSOR_FILE)
+    with opened(directory) as found:
+        config, is_peft, metadata, tensors = found.config, found.is_peft, found.metadata, found.tensors()
     parts: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point():

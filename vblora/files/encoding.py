@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vblora.files.container import DTYPES, Raw
+from vblora.container import DTYPES, Raw
 
 MOST_INFLATION = 16  # times the bytes stored: what a tensor in byte planes may grow to
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their width in bytes
@@ -83,7 +83,7 @@ def to_planes(tensor: Tensor) -> bytes | None:
     return stored if size / MOST_INFLATION <= len(stored) < size else None
 
 
-def from_planes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
+def from_planes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """The tensor that `to_planes` wrote.
 
     Raises:
@@ -110,7 +110,7 @@ def from_planes(data: bytes | memoryview, dtype: str, shape: tuple[int, ...]) ->
     return whole.view(DTYPES[dtype]).reshape(shape)
 
 
-def _plane(stored: bytes | memoryview, size: int) -> bytes | memoryview:
+def _plane(stored: bytes | bytearray | memoryview, size: int) -> bytes | bytearray | memoryview:
     if len(stored) == size:
         return stored
     inflater = zlib.decompressobj(-15)

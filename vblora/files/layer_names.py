@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vblora.files.container import is_count
+from vblora.container import is_count
 from vblora.shapes import LayerShape
 
 WIDEST = 2**24  # inputs or outputs of one layer

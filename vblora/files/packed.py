@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
+from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
 from vblora.files import shared_bank
-from vblora.files.container import FLOATS, Raw, checksum, deserialize, is_count, parse_json, serialize
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, Reader
 from vblora.files.directory import HEAD_PREFIX
@@ -85,8 +85,10 @@ def read(path: str | Path) -> Content:
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
-        return loads(path.read_bytes(), lambda key: shared_bank.read_beside(path.parent, key))
-    except ValueError as error:
+        with opened(path) as file:
+            _require_packed(file.metadata)  # before a base model's gigabytes are read
+            return _read(file.raws(), file.metadata, file.size, lambda key: shared_bank.read_beside(path.parent, key))
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no whole packed adapter: {error}") from error
 
 
@@ -221,9 +223,13 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Conten
     Raises:
         ValueError: the bytes are damaged, or no packed adapter.
     """
-    raws, metadata = deserialize(data)
-    if HEADER not in metadata:
-        raise ValueError(f"a safetensors file without {HEADER!r} in its metadata, so no packed adapter")
+    return _read(*deserialize(data), len(data), bank_of)
+
+
+def _read(
+    raws: dict[str, Raw], metadata: dict[str, str], size: int, bank_of: Callable[[str], Tensor] | None
+) -> Content:
+    _require_packed(metadata)
     header = parse_json(metadata[HEADER])
     if not isinstance(header, dict) or not is_count(header.get("version")):
         raise ValueError(f"{HEADER!r} in the metadata has no version")
@@ -234,7 +240,7 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Conten
     json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeError, a ValueError
     _check_header(header)
     stored_bytes = sum(len(raw.data) for raw in raws.values())
-    shapes = expand(header["layers"], 8 * stored_bytes, 16 * len(data) + 2**16)
+    shapes = expand(header["layers"], 8 * stored_bytes, 16 * size + 2**16)
     config = _read_config(header, _names(shapes))
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
         raise ValueError("the fingerprint is not that of the layers")
@@ -245,6 +251,11 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Conten
     check_tensors(tensors, _spec(config, shapes))
     base, seed = header.get("base_model"), header.get("init_seed")
     return Content(config, shapes, tensors, heads, base, seed, header.get("conv1d", False), reader.stored)
+
+
+def _require_packed(metadata: dict[str, str]) -> None:
+    if HEADER not in metadata:
+        raise ValueError(f"a safetensors file without {HEADER!r} in its metadata, so no packed adapter")
 
 
 def _check_header(header: dict[str, Any]) -> None:

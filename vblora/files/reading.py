@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +11,10 @@ from torch import Tensor, nn
 from vblora.config import AdapterConfig
 from vblora.files import match, packed
 from vblora.files.content import Content, FileContent, check_heads
-from vblora.files.directory import TENSOR_FILE, TornPair, read_config, read_content
+from vblora.files.directory import opened
 from vblora.files.peft_format import BANK
-from vblora.io import read_tensors
 from vblora.shapes import LayerShape
 from vblora.targets import find_saved, find_targets, head_tensors, layer_shapes
-
-WAITS = (0.01, 0.05, 0.25)  # seconds before a directory that another process is saving is read again
 
 
 class Found(NamedTuple):
@@ -62,9 +58,9 @@ def read_values(
         content = packed.read(path)
         _require_settings(config, names, content.config, {shape.name for shape in content.shapes}, path)
         return _read_packed(content, path, shapes, saved)
-    theirs, is_peft = read_config(path)
-    _require_settings(config, names, theirs, set(find_targets(model, theirs)), path)
-    return read_content(path, theirs, is_peft, shapes, saved)
+    with opened(path) as found:
+        _require_settings(config, names, found.config, set(find_targets(model, found.config)), path)
+        return found.content(shapes, saved)
 
 
 def read_bank(source: str | Path) -> Tensor:
@@ -77,8 +73,8 @@ def read_bank(source: str | Path) -> Tensor:
     if path.is_file():
         tensors = packed.read(path).tensors
     else:
-        path = path / TENSOR_FILE
-        tensors, _ = read_tensors(path)
+        with opened(path) as found:
+            tensors = found.tensors()
     banks = [tensor for name, tensor in tensors.items() if name in ("vector_bank", BANK)]
     if len(banks) != 1 or banks[0].ndim != 2 or not banks[0].is_floating_point():
         raise ValueError(f"{path} holds no vector bank")
@@ -86,19 +82,10 @@ def read_bank(source: str | Path) -> Tensor:
 
 
 def _read_directory(model: nn.Module, path: Path) -> Found:
-    """What a directory holds for this model; where it is being saved at this moment, what it holds then."""
-    for wait in (*WAITS, None):
-        config, is_peft = read_config(path)
-        targets, saved = find_targets(model, config), find_saved(model, config)
-        try:
-            read = read_content(path, config, is_peft, layer_shapes(targets, config), saved)
-        except TornPair:
-            if wait is None:
-                raise
-            time.sleep(wait)
-        else:
-            break
-    return Found(config, targets, saved, read)
+    with opened(path) as found:
+        targets, saved = find_targets(model, found.config), find_saved(model, found.config)
+        content = found.content(layer_shapes(targets, found.config), saved)
+        return Found(found.config, targets, saved, content)
 
 
 def _read_packed(

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vblora.container import deserialize
 from vblora.files import match, packed, shared_bank
-from vblora.files.container import deserialize
 from vblora.files.content import Content
 from vblora.files.lora import export
 
