@@ -582,3 +582,15 @@ def test_a_packed_file_of_another_method_resumes(tmp_path):
     other = adapt(build("stack"), "tied_lora", seed=9)
     vblora.adapter.restore(other, tmp_path / FILE)
     assert equal_factors(other.layer_factors(), adapter.layer_factors())
+
+
+def test_a_rank_above_every_width_is_refused_before_anything_is_expanded():
+    content = adapt(build("stack")).content()
+    name, rank = content.shapes[0].name, 5000
+    config = vblora.VBLoRAConfig(r=rank, num_vectors=1, vector_length=64, topk=1, target_modules=[name])
+    rows = 2 * rank
+    tensors = {"vector_bank": torch.ones(1, 64), "topk_indices": torch.zeros(rows, 1, dtype=torch.long)}
+    tensors["topk_weights"] = torch.zeros(rows, 0)
+    shapes = [LayerShape(name, 64, 64)]
+    with pytest.raises(ValueError, match="r 5000 is above every width"):
+        packed.loads(packed.dumps(dataclasses.replace(content, config=config, shapes=shapes, tensors=tensors)))

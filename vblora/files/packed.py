@@ -18,7 +18,7 @@ from torch import Tensor
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
 from vblora.files import shared_bank
-from vblora.files.content import Content, check_floats, check_tensors, outputs_of
+from vblora.files.content import Content, check_floats, check_rank, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, Reader
 from vblora.files.directory import HEAD_PREFIX
 from vblora.files.encoding import bits_for, pack_bits, to_int8, to_planes, to_steps
@@ -67,6 +67,7 @@ def write(
         ValueError: a setting that does not exist, or that cannot hold this adapter. Nothing is written then.
     """
     path, content = Path(path), _content_of(content)
+    check_rank(content.config, content.shapes)
     data = dumps(content, bank=bank, weights=weights, heads=heads)
     if bank == SHARED:
         shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
@@ -242,6 +243,7 @@ def _read(
     stored_bytes = sum(len(raw.data) for raw in raws.values())
     shapes = expand(header["layers"], 8 * stored_bytes, 16 * size + 2**16)
     config = _read_config(header, _names(shapes))
+    check_rank(config, shapes)
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
         raise ValueError("the fingerprint is not that of the layers")
     reader = Reader(raws, header["codes"], bank_of)
