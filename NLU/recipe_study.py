@@ -57,7 +57,8 @@ ROWS: dict[str, Flags] = {
     "recipe_undivided": {**RECIPE, "init_vectors_of_a": 0},
     "recipe_undivided_k2": {**RECIPE, "init_vectors_of_a": 0, "topk": 2},
     "recipe_rate_2e-3": {**RECIPE, "learning_rate_vector_bank": 2e-3},
-    "recipe_rate_4e-3": {**RECIPE, "learning_rate_vector_bank": 4e-3},  # the recipe's own until it was 5e-3
+    "recipe_rate_5e-3": {**RECIPE, "learning_rate_vector_bank": 5e-3},
+    "recipe_small_rate_5e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 5e-3},
     "recipe_rate_8e-3": {**RECIPE, "learning_rate_vector_bank": 8e-3},
 }
 DEFAULT_ROWS = ("lora", "plain", "recipe")
