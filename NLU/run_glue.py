@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -28,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from encoders import find_model
+from encoders import find_model, load_classifier, require_positions
 from glue_data import TaskData, load_task, tokenize
 from glue_tasks import Task, compute_metrics, get_task
 from hyperparameters import TARGETS, row
@@ -198,10 +197,9 @@ def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Ada
     name = find_model(glue.model_name_or_path)
     flag = "--model_name_or_path DIR"
     tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name), name, flag)
-    model = from_hub(
-        lambda: AutoModelForSequenceClassification.from_pretrained(name, num_labels=task.num_labels), name, flag
-    )
-    settings = method.settings(TARGETS.get(glue.targets, glue.targets), glue.head.split(","))
+    model, new = load_classifier(name, task.num_labels, glue.head.split(","), flag)
+    require_positions(model, glue.max_length)
+    settings = method.settings(TARGETS.get(glue.targets, glue.targets), [*glue.head.split(","), *new])
     adapted = apply_method(model, method.method, settings)
     if glue.bank_from is not None:
         assert isinstance(adapted.adapter, VBLoRA)

@@ -42,7 +42,7 @@ def load_model(name: str, dtype: str = "auto", bits: int = 16, device_map: str |
             given, a quantised model goes to this process's own device.
 
     Raises:
-        ValueError: the model cannot be had, or what quantisation needs is missing.
+        ValueError: the model cannot be had or lacks weights, or what quantisation needs is missing.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else torch_dtype(dtype)}
     if bits != 16:
@@ -52,7 +52,15 @@ def load_model(name: str, dtype: str = "auto", bits: int = 16, device_map: str |
         options["device_map"] = device_map if device_map in ("auto", "balanced", "sequential") else {"": device_map}
     from transformers import AutoModelForCausalLM
 
-    return from_hub(lambda: AutoModelForCausalLM.from_pretrained(name, **options), name, FLAG)
+    options["output_loading_info"] = True
+    loaded: Any = from_hub(lambda: AutoModelForCausalLM.from_pretrained(name, **options), name, FLAG)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{name} has no weights for {', '.join(missing[:5])}: they would be random numbers, frozen and not saved, "
+            "and others at every load. It is no causal language model, or its files are not complete"
+        )
+    return model
 
 
 def quantisation(bits: int, compute: torch.dtype) -> Any:
