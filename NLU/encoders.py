@@ -82,7 +82,9 @@ def require_positions(model: nn.Module, length: int) -> None:
             # RoBERTa begins to count behind its padding token.
             most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
             if length > most:
-                raise ValueError(f"--max_length {length}: the model has {most} positions")
+                raise ValueError(
+                    f"rows of {length} tokens, and the model has {most} positions: give --max_length {most}"
+                )
 
 
 def _within(name: str, heads: Sequence[str]) -> bool:

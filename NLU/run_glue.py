@@ -198,7 +198,6 @@ def build(glue: GlueArguments, method: MethodArguments, task: Task) -> tuple[Ada
     flag = "--model_name_or_path DIR"
     tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(name), name, flag)
     model, new = load_classifier(name, task.num_labels, glue.head.split(","), flag)
-    require_positions(model, glue.max_length)
     settings = method.settings(TARGETS.get(glue.targets, glue.targets), [*glue.head.split(","), *new])
     adapted = apply_method(model, method.method, settings)
     if glue.bank_from is not None:
@@ -223,12 +222,15 @@ def make_trainer(
         guesses = np.squeeze(logits, -1) if data.task.is_regression else np.argmax(logits, axis=-1)
         return compute_metrics(data.task.name, guesses, np.asarray(prediction.label_ids))
 
+    train, validation = (tokenize(data[part], tokenizer, glue.max_length) for part in ("train", "validation"))
+    longest = max(len(ids) for part in (train, validation) for ids in part["input_ids"])
+    require_positions(adapted.model, glue.max_length if glue.pad_to_max_length else longest)
     trainer = AdapterTrainer(
         adapted,
         rates(glue, method),
         training,
-        train_dataset=tokenize(data["train"], tokenizer, glue.max_length),
-        eval_dataset=tokenize(data["validation"], tokenizer, glue.max_length),
+        train_dataset=train,
+        eval_dataset=validation,
         data_collator=(
             DataCollatorWithPadding(tokenizer, padding="max_length", max_length=glue.max_length)
             if glue.pad_to_max_length

@@ -80,7 +80,9 @@ def test_rows_longer_than_the_models_positions_are_refused(model, most):
     model = model()
     model(torch.full((1, most), 5))
     require_positions(model, most)
-    with pytest.raises(ValueError, match=rf"--max_length {most + 1}: the model has {most} positions"):
+    with pytest.raises(
+        ValueError, match=rf"rows of {most + 1} tokens, and the model has {most} positions: give --max_length"
+    ):
         require_positions(model, most + 1)
 
 
