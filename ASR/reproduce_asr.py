@@ -113,20 +113,8 @@ class Speech(campaign.RowCampaign):
         job.command += [part for flag, value in trial.changes.items() for part in (f"--{flag}", value)]
         return job
 
-    def table(
-        self,
-        trials: Sequence[Any],
-        found: Sequence[dict[str, Any]],
-        options: argparse.Namespace,
-        extra: Mapping[str, str],
-    ) -> str | None:
-        groups = grouped(trials, found)
-        if not groups:
-            return None
-        if options.format == "csv":
-            return tables.as_csv(*self.numbers(groups, options))
-        header, lines, notes = self.lines(groups, options)
-        return tables.render(header, lines, options.format, [*campaign.note_of(extra), *notes])
+    def grouped(self, trials: Sequence[Any], found: Sequence[dict[str, Any]]) -> Groups:
+        return grouped(trials, found)
 
     def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
         return CSV_HEADER, [_csv_row(name, group) for name, group in groups.items()]

@@ -181,13 +181,17 @@ class RowCampaign(Campaign):
         options: argparse.Namespace,
         extra: Mapping[str, str],
     ) -> str | None:
-        groups = records_of(trials, found)
+        groups = self.grouped(trials, found)
         if not groups:
             return None
         if options.format == "csv":
             return tables.as_csv(*self.numbers(groups, options))
         header, lines, notes = self.lines(groups, options)
         return tables.render(header, lines, options.format, [*note_of(extra), *notes])
+
+    def grouped(self, trials: Sequence[Any], found: Sequence[dict[str, Any]]) -> Groups:
+        """The records that make one line of the table each, by what the line is called."""
+        return records_of(trials, found)
 
     def numbers(self, groups: Groups, options: argparse.Namespace) -> tuple[Sequence[str], list[list[Any]]]:
         """The table as a header and rows of numbers, for CSV. (A campaign with a `table` of its own needs none.)"""
