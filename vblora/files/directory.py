@@ -245,6 +245,8 @@ def opened(directory: str | Path) -> Iterator[Directory]:
         ValueError: no adapter of ours or of PEFT's VBLoRA is there, or one of its files is damaged.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise ValueError(f"{directory} does not exist: name the folder of an adapter, or a packed file")
     config, tensors = directory / CONFIG_FILE, directory / TENSOR_FILE
     if not tensors.exists():
         _understood(config, read_json(config), {})  # what is wrong with it comes first
