@@ -172,8 +172,13 @@ def test_all(tmp_path, capfd, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are killed in processes of their own")
 def test_a_run_that_is_killed_ends_with_the_record_of_one_that_is_not(capfd):
-    assert benchmark("killed_saves").main(["--kills", "2"]) == 0
+    assert benchmark("kills").main(["--kills", "2"]) == 0
     assert "2 kills over" in capfd.readouterr().out
+
+
+def test_a_killed_save_leaves_one_whole_adapter(capfd):
+    assert benchmark("killed_saves").main(["--kills", "2"]) == 0
+    assert "nothing mixed, nothing refused" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["step_time", "many_adapters", "generation", "growth", "loading", "composition"])
