@@ -21,7 +21,9 @@ from instruct_rows import row
 from vblora_experiments import commands, instruct
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "instruct"
-FOLDER = instruct.Folder("finetune.py", {"form": "alpaca", "data": "yahma/alpaca-cleaned"}, row, RUNS, str(__doc__))
+FOLDER = instruct.Folder(
+    "finetune.py", {"data_format": "alpaca", "data": "yahma/alpaca-cleaned"}, row, RUNS, str(__doc__)
+)
 main = FOLDER.main
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from vblora_experiments.rows import VBLORA, Model, Rows
 
 COMMON: dict[str, Any] = {
     "data": "yahma/alpaca-cleaned",
-    "form": "alpaca",
+    "data_format": "alpaca",
     "bits": 4,
     "dtype": "bfloat16",
     "bf16": True,

@@ -33,7 +33,7 @@ from vblora.io import read_json, write_json
 from vblora.models import Tuned
 from vblora.sampling import spaced
 from vblora_experiments import commands, progress, runs
-from vblora_experiments.instruction_data import FORMS, WITHOUT_INPUT
+from vblora_experiments.instruction_data import DATA_FORMATS, WITHOUT_INPUT
 
 TEMPLATES = ("auto", "chat", "alpaca")
 INSTRUCTION = "### Instruction:"
@@ -220,7 +220,7 @@ def prompt(tokenizer: Any, template: str, asked: list[str], said: list[str]) -> 
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text, _, form = WITHOUT_INPUT.partition(INSTRUCTION)
     for number, instruction in enumerate(asked):
-        text += INSTRUCTION + form.format(instruction=instruction) + FORMS["alpaca"].end
+        text += INSTRUCTION + form.format(instruction=instruction) + DATA_FORMATS["alpaca"].end
         text += f"{said[number]}\n\n" if number < len(said) else ""
     return first + list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

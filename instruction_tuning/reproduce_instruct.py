@@ -45,7 +45,7 @@ class Instructions(campaign.RowCampaign):
     kind = "instruct"
     filters = ("models", "methods", "seeds")
     folders = ("models_dir", "bench_dir")
-    own_flags = campaign.Campaign.own_flags | {"data", "form", "judge", "bench_dir"}
+    own_flags = campaign.Campaign.own_flags | {"data", "data_format", "judge", "bench_dir"}
 
     def add_places(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", help="a file in Alpaca's form, not the hub")

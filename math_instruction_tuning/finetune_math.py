@@ -5,7 +5,7 @@
     python math_instruction_tuning/finetune_math.py --model_name_or_path DIR --data FILE.json --method vblora
 
 Everything else is as in instruction_tuning/finetune.py; the rows are MetaMathQA's, with the columns query and response,
-or with `--form gsm8k` GSM8K's own, whose answers are brought to MetaMathQA's form.
+or with `--data_format gsm8k` GSM8K's own, whose answers are brought to MetaMathQA's form.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vblora_experiments import commands, instruct
 
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "math"
 FOLDER = instruct.Folder(
-    "finetune_math.py", {"form": "metamath", "data": "meta-math/MetaMathQA"}, row, RUNS, str(__doc__)
+    "finetune_math.py", {"data_format": "metamath", "data": "meta-math/MetaMathQA"}, row, RUNS, str(__doc__)
 )
 main = FOLDER.main
 

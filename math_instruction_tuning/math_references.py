@@ -36,7 +36,7 @@ HUB: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
-FORMS = {"gsm8k": (("question", "answer"),), "math": (("instruction", "output"), ("problem", "solution"))}
+COLUMNS = {"gsm8k": (("question", "answer"),), "math": (("instruction", "output"), ("problem", "solution"))}
 
 
 class Problem(NamedTuple):
@@ -145,24 +145,24 @@ def _load_part(name: str, part: str) -> Any:
 
 
 def _kind(row: Any, where: str) -> str:
-    for kind, forms in FORMS.items():
-        if isinstance(row, dict) and any(set(form) <= set(row) for form in forms):
+    for kind, choices in COLUMNS.items():
+        if isinstance(row, dict) and any(set(columns) <= set(row) for columns in choices):
             return kind
     raise ValueError(f"{where}: neither GSM8K's keys (question, answer) nor MATH's (instruction, output)")
 
 
 def _problem(row: Any, kind: str, number: int, where: str) -> Problem:
-    form = next((form for form in FORMS[kind] if isinstance(row, dict) and set(form) <= set(row)), None)
-    if form is None:
-        wanted = " or ".join(" and ".join(form) for form in FORMS[kind])
+    columns = next((one for one in COLUMNS[kind] if isinstance(row, dict) and set(one) <= set(row)), None)
+    if columns is None:
+        wanted = " or ".join(" and ".join(one) for one in COLUMNS[kind])
         raise ValueError(f"{where}: not a row of {kind}: needs the keys {wanted}")
-    question, worked = row[form[0]], row[form[1]]
+    question, worked = row[columns[0]], row[columns[1]]
     if not isinstance(question, str) or not isinstance(worked, str):
-        raise ValueError(f"{where}: {form[0]} and {form[1]} must be texts")
+        raise ValueError(f"{where}: {columns[0]} and {columns[1]} must be texts")
     reference = final_number(worked) if kind == "gsm8k" else last_box(worked)
     if not reference:
         lacking = 'a last line "#### " and a number' if kind == "gsm8k" else "a \\boxed{} with something in it"
-        raise ValueError(f"{where}: {form[1]} has no reference answer: it lacks {lacking}")
+        raise ValueError(f"{where}: {columns[1]} has no reference answer: it lacks {lacking}")
     for key in ("level", "type"):
         if isinstance(row.get(key), list | dict):
             raise ValueError(f"{where}: {key} must be a text")

@@ -17,7 +17,7 @@ from vblora_experiments.rows import VBLORA, Model, Rows
 
 COMMON: dict[str, Any] = {
     "data": "meta-math/MetaMathQA",
-    "form": "metamath",
+    "data_format": "metamath",
     "split": "train[:100000]",
     "max_length": 512,
     "dtype": "bfloat16",
@@ -38,7 +38,7 @@ MODELS: dict[str, Model] = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         {
             "data": "openai/gsm8k",
-            "form": "gsm8k",
+            "data_format": "gsm8k",
             "split": "train",
             "max_length": 320,
             "dtype": "float32",

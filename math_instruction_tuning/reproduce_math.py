@@ -46,7 +46,7 @@ class Mathematics(campaign.RowCampaign):
     kind = "math"
     filters = ("models", "methods", "seeds")
     folders = ("models_dir",)
-    own_flags = campaign.Campaign.own_flags | {"data", "gsm8k", "math", "form"}
+    own_flags = campaign.Campaign.own_flags | {"data", "gsm8k", "math", "data_format"}
 
     def add_places(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--data", help="a file of the problems to train on, not the hub")

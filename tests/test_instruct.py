@@ -13,7 +13,7 @@ from transformers import AutoConfig, OPTConfig, OPTForCausalLM, TrainerCallback
 import vblora
 from vblora import models
 from vblora.io import read_json, read_tensors
-from vblora_experiments import causal, estimate, instruct
+from vblora_experiments import causal, estimate, instruct, runs
 
 ROWS = {"tiny/lora": {"method": "lora", "rank": 2, "learning_rate": 1e-2}}
 
@@ -50,7 +50,7 @@ def flags(base, data, tmp_path):
 
 
 def folder(tmp_path=Path("runs")):
-    return instruct.Folder("test", {"form": "alpaca", "data": "hub/name"}, row, tmp_path)
+    return instruct.Folder("test", {"data_format": "alpaca", "data": "hub/name"}, row, tmp_path)
 
 
 VBLORA = ["--num_vectors", "12", "--vector_length", "16", "--topk", "2", "--learning_rate_vector_bank", "1e-2"]
@@ -120,6 +120,16 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(save, flags, tmp_path, mo
     assert parts["held_out_losses"] == whole["held_out_losses"]
     tensors = [read_tensors(tmp_path / name / "last" / "adapter_model.safetensors")[0] for name in ("whole", "parts")]
     assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+
+
+def test_the_former_name_of_the_data_format_is_understood(flags, tmp_path):
+    (tmp_path / "c.yaml").write_text("form: gsm8k\n")
+    for more in (["--form", "gsm8k"], ["--config", str(tmp_path / "c.yaml")]):
+        settings = folder().script().read(flags(*more))
+        assert settings.of(instruct.InstructArguments).data_format == "gsm8k"
+    assert not runs.differences({"form": "gsm8k", "seed": 1}, {"data_format": "gsm8k", "seed": 1})
+    assert runs.differences({"form": "gsm8k"}, {"data_format": "alpaca"}) == ["data_format"]
+    assert runs.differences({"form": "full"}, {"form": "topk"}) == ["form"]
 
 
 def test_plan_without_the_models_configuration_shows_the_settings_alone(tmp_path, flags, capsys):
@@ -213,9 +223,9 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--form", "vicuna"], "unknown form 'vicuna'"),
+        (["--data_format", "vicuna"], "unknown data format 'vicuna'"),
         (["--data", "nonesuch.json"], r"nonesuch\.json: no such file"),
-        (["--max_length", "100"], "--max_length does nothing with --form alpaca"),
+        (["--max_length", "100"], "--max_length does nothing with --data_format alpaca"),
         (["--source_max_length", "1"], "--source_max_length must be at least 2"),
         (["--bits", "3"], "--bits 3: 16, 8 and 4"),
         (["--bits", "4", "--method", "full"], "quantised weights cannot be trained"),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from vblora_experiments import causal
-from vblora_experiments.instruction_data import FORMS, Limits, Row, encode, fingerprint, load_rows, with_labels
+from vblora_experiments.instruction_data import DATA_FORMATS, Limits, Row, encode, fingerprint, load_rows, with_labels
 
 ALPACA = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue"},
@@ -67,7 +67,7 @@ def test_slices_are_datasets_own(split, tmp_path):
     source = write(tmp_path / "rows.jsonl", rows)
     theirs = datasets.load_dataset("json", data_files=source, split=split, cache_dir=str(tmp_path / "cache"))
     ours = load_rows(source, "metamath", split)
-    assert [FORMS["metamath"].row(row) for row in theirs] == ours
+    assert [DATA_FORMATS["metamath"].row(row) for row in theirs] == ours
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_an_answer_of_gsm8k_without_its_number_is_named(tmp_path):
 
 
 def test_other_wrong_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match="unknown form 'vicuna'"):
+    with pytest.raises(ValueError, match="unknown data format 'vicuna'"):
         load_rows("x.json", "vicuna")
     with pytest.raises(ValueError, match=r"x\.json: no such file"):
         load_rows("x.json", "alpaca")

@@ -114,6 +114,7 @@ class Script:
         adjust: changes values that follow from others. It is given all values and the names of those that somebody
             chose, and returns the changes, each with its reason.
         description: what --help says first.
+        renamed: today's names of flags by their former ones, which are still understood.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Script:
     place: Callable[[argparse.Namespace], Path]
     adjust: Callable[[argparse.Namespace, set[str]], dict[str, tuple[Any, str]]] = lambda values, chosen: {}
     description: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, arguments: list[str]) -> Settings:
         """The settings of a command line.
@@ -130,11 +132,11 @@ class Script:
         Raises:
             ValueError: an unknown or wrong flag, row, or file; or as the dataclasses.
         """
-        arguments = split(arguments)
+        arguments = [self._todays(part) for part in split(arguments)]
         given = self._given(arguments)
         parser = self._parser()
         file = given.get("config")
-        config = self._checked(read_config(Path(file), self._names()), parser, file) if file is not None else {}
+        config = self._checked(self._read(Path(file)), parser, file) if file is not None else {}
         name = given.get("row", config.get("row"))
         row = {} if name is None else self._checked(self.row(name), parser, f"row {name}")
         layers = [(self.defaults, f"default of {self.name}"), (row, f"row {name}"), (config, f"config {file}")]
@@ -158,6 +160,16 @@ class Script:
         texts = {name: _as_text(value) for name, value in config.items() if value is not None}
         overrides = runs.real_flags(texts) | runs.overrides(arguments)
         return Settings(self.name, parts, {name: sources.get(name, DEFAULT) for name in self._names()}, overrides)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """The values in a configuration file, under the names of today."""
+        values = read_config(path, [*self._names(), *self.renamed])
+        return {self.renamed.get(name, name): value for name, value in values.items()}
+
+    def _todays(self, part: str) -> str:
+        """A flag under its name of today, and anything else as it is."""
+        name = part.removeprefix("--")
+        return f"--{self.renamed.get(name, name)}" if part.startswith("--") else part
 
     def _all_kinds(self) -> tuple[Any, ...]:
         return (StartArguments, *self.kinds)

@@ -19,7 +19,7 @@ from vblora.methods.through_peft import peft_config
 from vblora.shapes import Count, sub_vectors
 from vblora.switch import OWN_METHODS, own_config
 from vblora.targets import find_targets, is_linear, layer_shapes
-from vblora_experiments.instruction_data import FORMS
+from vblora_experiments.instruction_data import DATA_FORMATS
 
 GIB = 2**30
 FOUR_BIT = (4 + 0.127) / 8  # bytes of a weight: NF4, and its block scales double quantised (QLoRA, section 3)
@@ -40,7 +40,7 @@ def of_run(model: Any, instruct: Any, method: Any, training: TrainingArguments) 
     base = 0 if full else weight_bytes(model, instruct.bits, instruct.dtype)
     stored, states = adapter_sizes(model, instruct, method)
     limits = instruct.limits()
-    length = limits.total if FORMS[instruct.form].together else limits.source + limits.target
+    length = limits.total if DATA_FORMATS[instruct.data_format].together else limits.source + limits.target
     length = instruct.pack_length or length
     tokens = length * training.per_device_train_batch_size
     # The vocabulary's output and its gradient are kept in float32 beside the model's own precision.

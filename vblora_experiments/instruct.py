@@ -20,7 +20,7 @@ from vblora.trainer import AdapterTrainer
 from vblora_experiments import causal, estimate, instruction_data, runs, training_run
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.command_line import Script, Settings
-from vblora_experiments.instruction_data import FORMS, Limits, Row
+from vblora_experiments.instruction_data import DATA_FORMATS, Limits, Row
 
 # What a run does unless told otherwise.
 DEFAULTS: dict[str, Any] = {
@@ -44,7 +44,7 @@ class InstructArguments:
 
     model_name_or_path: str = field(metadata={"help": "a causal model: a name on the hub or a local folder"})
     data: str = field(metadata={"help": "a data set: a name on the hub, or a local .json or .jsonl file"})
-    form: str = field(metadata={"help": f"of its rows: {', '.join(FORMS)}"})
+    data_format: str = field(metadata={"help": f"of its rows: {', '.join(DATA_FORMATS)}"})
     split: str = field(default="train", metadata={"help": "train, train[:100000], train[10%%:20%%], ..."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "train on this many rows only, drawn by the seed"}
@@ -72,17 +72,20 @@ class InstructArguments:
     )
 
     def limits(self) -> Limits:
-        """The limits of tokens, of those that the form has.
+        """The limits of tokens, of those that the data format has.
 
         Raises:
             ValueError: one that it has no use for, or none left for a response.
         """
-        flags = ("max_length",) if FORMS[self.form].together else ("source_max_length", "target_max_length")
+        flags = (
+            ("max_length",) if DATA_FORMATS[self.data_format].together else ("source_max_length", "target_max_length")
+        )
         for flag in ("source_max_length", "target_max_length", "max_length"):
             value = getattr(self, flag)
             if value is not None and flag not in flags:
                 raise ValueError(
-                    f"--{flag} does nothing with --form {self.form}: its limits are --{', --'.join(flags)}"
+                    f"--{flag} does nothing with --data_format {self.data_format}: "
+                    f"its limits are --{', --'.join(flags)}"
                 )
             if value is not None and value < 2:
                 raise ValueError(f"--{flag} must be at least 2, not {value}")
@@ -120,6 +123,7 @@ class Folder:
             self.place,
             without_evaluation,
             description or self.description,
+            {"form": "data_format"},
         )
 
     def place(self, known: Any) -> Path:
@@ -195,7 +199,7 @@ def planned(run: Run) -> dict[str, Any]:
 def train(run: Run) -> dict[str, Any]:
     """Train, unless that is done; what training.json holds."""
     instruct, out = run.instruct, run.settings.output_dir
-    rows = instruction_data.load_rows(instruct.data, instruct.form, instruct.split)
+    rows = instruction_data.load_rows(instruct.data, instruct.data_format, instruct.split)
     rows, held_out = divide(rows, instruct, run.training)
     fingerprint = instruction_data.fingerprint([*rows, *held_out])
     plan = runs.make_plan(instruct, run.method, run.training, fingerprint)
@@ -207,8 +211,8 @@ def train(run: Run) -> dict[str, Any]:
 
 def check(instruct: InstructArguments, method: MethodArguments, training: TrainingArguments) -> None:
     """Refuse before anything is loaded what would fail, or do nothing, later."""
-    if instruct.form not in FORMS:
-        raise ValueError(f"unknown form {instruct.form!r}; known: {', '.join(FORMS)}")
+    if instruct.data_format not in DATA_FORMATS:
+        raise ValueError(f"unknown data format {instruct.data_format!r}; known: {', '.join(DATA_FORMATS)}")
     limits = instruct.limits()
     if instruct.dtype != "auto":
         models.torch_dtype(instruct.dtype)
@@ -219,7 +223,7 @@ def check(instruct: InstructArguments, method: MethodArguments, training: Traini
     for flag, least in (("held_out", 0), ("max_train_samples", 1), ("pack_length", 8)):
         if (value := getattr(instruct, flag)) is not None and value < least:
             raise ValueError(f"--{flag} must be at least {least}, not {value}")
-    longest = limits.total if FORMS[instruct.form].together else limits.source + limits.target
+    longest = limits.total if DATA_FORMATS[instruct.data_format].together else limits.source + limits.target
     if instruct.pack_length is not None and instruct.pack_length < longest:
         raise ValueError(f"--pack_length {instruct.pack_length} is less than a row may have ({longest} tokens)")
     if instruct.pack_length is not None and training.use_cache:
@@ -283,7 +287,7 @@ def encode(rows: list[Row], instruct: InstructArguments, tokenizer: Any) -> tupl
     Raises:
         ValueError: nothing is left of any.
     """
-    together = FORMS[instruct.form].together
+    together = DATA_FORMATS[instruct.data_format].together
     encoded = instruction_data.encode(rows, tokenizer, together, instruct.limits())
     kept = instruction_data.with_labels(encoded)
     if encoded and not kept:

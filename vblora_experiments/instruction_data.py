@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Form:
+class DataFormat:
     """How the rows of a set become text, and text becomes tokens.
 
     Attributes:
@@ -79,28 +79,28 @@ def as_metamath(answer: str) -> str:
     return f"{worked}#### {number.strip()}\nThe answer is: {number.strip()}"
 
 
-FORMS = {
+DATA_FORMATS = {
     # The prompts of Stanford's Alpaca, with the space at the end that QLoRA's code has.
-    "alpaca": Form("instruction", "output", input="input", end=" "),
-    "metamath": Form("query", "response", together=True),
-    "gsm8k": Form("question", "answer", together=True, rewrite=as_metamath),
+    "alpaca": DataFormat("instruction", "output", input="input", end=" "),
+    "metamath": DataFormat("query", "response", together=True),
+    "gsm8k": DataFormat("question", "answer", together=True, rewrite=as_metamath),
 }
 CONFIGURATIONS = {"openai/gsm8k": "main"}  # of sets on the hub that have several
 
 
-def load_rows(source: str, form: str, split: str = "train") -> list[Row]:
+def load_rows(source: str, data_format: str, split: str = "train") -> list[Row]:
     """The rows of a data set on the hub, or of a local file (.json, a list; .jsonl, one object a line).
 
     Args:
         source: a name on the hub, or a file.
-        form: one of FORMS.
+        data_format: one of DATA_FORMATS.
         split: as datasets has it: train, train[:1000], train[10%:20%]. For a file what stands in brackets counts.
 
     Raises:
-        ValueError: an unknown form, a missing file, or a row that is wrong, naming its number.
+        ValueError: an unknown format, a missing file, or a row that is wrong, naming its number.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f"unknown data format {data_format!r}; known: {', '.join(DATA_FORMATS)}")
     is_file = Path(source).suffix in (".json", ".jsonl")
     if is_file and not Path(source).is_file():
         raise ValueError(f"{source}: no such file")
@@ -108,7 +108,7 @@ def load_rows(source: str, form: str, split: str = "train") -> list[Row]:
     rows = []
     for where, of_row in fields:
         try:
-            rows.append(FORMS[form].row(of_row))
+            rows.append(DATA_FORMATS[data_format].row(of_row))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not rows:

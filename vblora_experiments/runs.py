@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vblora.config import FORMS
 from vblora.io import folder_fingerprint, read_json, write_json
 from vblora.models import PLAN_FILE, RECORD_FILE, model_name
 from vblora.switch import read_config_file
@@ -47,12 +48,21 @@ ALWAYS = ("seed", "learning_rate", "num_train_epochs", "weight_decay")
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings in which two runs differ, in alphabetical order; a setting that is None is not there."""
+    before, now = todays(before), todays(now)
     names = (before.keys() | now.keys()) - FREE_TO_CHANGE
     return sorted(name for name in names if not _same(name, before.get(name), now.get(name)))
 
 
+def todays(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names of today: instructions' "data_format" was a "form" once, as an adapter file's is."""
+    if settings.get("form") in (None, *FORMS):
+        return dict(settings)
+    return {"data_format" if name == "form" else name: value for name, value in settings.items()}
+
+
 def in_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings in which two runs differ, each with both values; "" for none."""
+    before, now = todays(before), todays(now)
     return ", ".join(f"{n}: {before.get(n)} before, {now.get(n)} now" for n in differences(before, now))
 
 
@@ -306,7 +316,7 @@ class Trial:
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """The flags whose values in the record are not those of the row and its changes."""
-        settings = record["settings"]
+        settings = todays(record["settings"])
         flags = {**self.row_flags(), **self.overrides}
         # A record leaves out what is at its default.
         known = settings if flags.keys() <= settings.keys() else {**_training_defaults(), **settings}

@@ -22,7 +22,7 @@ from vblora_experiments.paper_counts import ways_to_print
 FOLDER = Path(instruct_rows.__file__).parent
 TABLE_9 = {
     "data": "yahma/alpaca-cleaned",
-    "form": "alpaca",
+    "data_format": "alpaca",
     "bits": 4,
     "dtype": "bfloat16",
     "bf16": True,

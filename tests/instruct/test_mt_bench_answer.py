@@ -109,7 +109,7 @@ def test_the_tokenizers_own_template_is_used_where_there_is_one(folders, command
 
 
 def test_alpacas_first_prompt_is_the_trainings_token_for_token(tokenizer):
-    row = instruction_data.FORMS["alpaca"].row({"instruction": "1 + {1}?", "output": "2"})
+    row = instruction_data.DATA_FORMATS["alpaca"].row({"instruction": "1 + {1}?", "output": "2"})
     trained = instruction_data.encode([row], tokenizer, False, instruction_data.Limits())[0]
     source = [i for i, label in zip(trained.input_ids, trained.labels, strict=True) if label == -100]
     assert prompt(tokenizer, "alpaca", ["1 + {1}?"], []) == source

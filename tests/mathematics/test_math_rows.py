@@ -20,7 +20,7 @@ from vblora_experiments.paper_counts import ways_to_print
 FOLDER = Path(math_rows.__file__).parent
 PAPER = {
     "data": "meta-math/MetaMathQA",
-    "form": "metamath",
+    "data_format": "metamath",
     "split": "train[:100000]",
     "targets": "all",
     "num_train_epochs": 2,
