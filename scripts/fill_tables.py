@@ -12,12 +12,12 @@ The tests hold every such table to the records.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import re
-import subprocess
+import runpy
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,24 +32,6 @@ SCRIPTS = {
 TABLE = re.compile(r"(<!-- made by: (reproduce\.sh|python) ([^>]*) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-# Runs commands of one folder in one process, as most of the time goes into importing the same modules.
-RUNNER = """
-import contextlib, io, json, runpy, sys
-texts = []
-for script, *arguments in json.load(sys.stdin):
-    sys.argv = [script, *arguments]
-    sys.path[0] = script.rpartition("/")[0]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as end:
-            if end.code:
-                sys.exit(f"{script} {arguments}: {end.code}")
-    texts.append(printed.getvalue())
-json.dump(texts, sys.stdout)
-"""
-
-
 def command_of(program: str, arguments: list[str], nothing: str) -> tuple[str, ...]:
     """The script and its arguments: of reproduce.sh, which makes tables from records alone here, or of Python."""
     if program == "python":
@@ -58,31 +40,30 @@ def command_of(program: str, arguments: list[str], nothing: str) -> tuple[str, .
     return (script, arguments[0], "--no_runs", "--runs", nothing, *arguments[1:])
 
 
-def printed(commands: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """What each command prints."""
-    texts = {}
-    folder_of = {command: command[0].rpartition("/")[0] for command in commands}
-    for folder in set(folder_of.values()):
-        own = [command for command in folder_of if folder_of[command] == folder]
-        process = subprocess.run(
-            [sys.executable, "-c", RUNNER],
-            input=json.dumps(own),
-            cwd=ROOT,
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        texts |= dict(zip(own, json.loads(process.stdout.splitlines()[-1]), strict=True))
-    return texts
+def printed(command: tuple[str, ...]) -> str:
+    """What a command prints. It runs in this process, as most of the time goes into importing the same modules."""
+    script = command[0]
+    kept = sys.argv, sys.path
+    sys.argv, sys.path = list(command), [str(Path(script).parent), *sys.path]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"{' '.join(command)} ended with {end.code}") from None
+    finally:
+        sys.argv, sys.path = kept
+    return text.getvalue()
 
 
 def filled(text: str) -> str:
     """The text with each table made anew."""
     with tempfile.TemporaryDirectory() as nothing:
-        commands = [command_of(found[2], found[3].split(), nothing) for found in TABLE.finditer(text)]
-        texts = printed(commands)
-    tables = iter(texts[command].strip() for command in commands)
-    return TABLE.sub(lambda found: f"{found[1]}\n{next(tables)}\n\n{found[5]}", text)
+
+        def table(found: re.Match[str]) -> str:
+            return f"{found[1]}\n{printed(command_of(found[2], found[3].split(), nothing)).strip()}\n\n{found[5]}"
+
+        return TABLE.sub(table, text)
 
 
 if __name__ == "__main__":
