@@ -17,6 +17,7 @@ its last checkpoint.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
     settings = SCRIPT.read(arguments)
     check(settings)
     return {} if settings.show() else train(settings)
+
+
+def of(values: Mapping[str, Any]) -> Settings:
+    """The settings of these values by the flags' names, checked."""
+    settings = SCRIPT.of(values)
+    check(settings)
+    return settings
 
 
 def train(settings: Settings) -> dict[str, Any]:

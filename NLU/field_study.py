@@ -207,7 +207,7 @@ def measure(names: Sequence[str], rounds: int = 5) -> dict[str, dict[str, Any]]:
             values = recipe_study.flags_with(
                 changes(name, ROWS[name].rates[1]), SENTENCES, 1, 0, data, Path(folder) / name
             )
-            glue, method, training = run_glue.parse([part for f, v in values.items() for part in (f"--{f}", str(v))])
+            glue, method, training = run_glue.parts(run_glue.of(values))
             adapted, tokenizer = run_glue.build(glue, method, get_task("cola"))
             steppers[name] = Stepper(adapted, method.rates(), training, tokenizer, data, glue.max_length)
         times: dict[str, list[float]] = {name: [] for name in steppers}

@@ -56,18 +56,17 @@ def main(arguments: list[str]) -> None:
     data = out / "data"
     if not (data / "train.tsv").exists():
         generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=PHENOMENA)
-    results = {method: run_glue.main(flags(method, data, out / method)) for method in METHODS}
+    results = {method: run_glue.run(run_glue.of(settings(method, data, out / method))) for method in METHODS}
     text = table(results, bag_of_words(data))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     picture(results, out / "vblora" / "last", out / "quickstart.png")
     print(f"\n{text}\n\nTable and picture: {out / 'table.md'}, {out / 'quickstart.png'}")
 
 
-def flags(method: str, data: Path, out: Path) -> list[str]:
-    """The command line of run_glue.py for one method."""
+def settings(method: str, data: Path, out: Path) -> dict[str, Any]:
+    """What run_glue.py is told for one method."""
     places = {"model_name_or_path": MINILM, "data_dir": data, "output_dir": out, "method": method}
-    values = {**places, **COMMON, **METHODS[method]}
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    return {**places, **COMMON, **METHODS[method]}
 
 
 def bag_of_words(data: Path) -> float:

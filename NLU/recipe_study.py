@@ -143,14 +143,13 @@ def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def train(values: Flags, collect: Path | None) -> dict[str, Any]:
-    """The record of a run by these flags of run_glue.py, which is copied into the folder `collect`."""
+    """The record of a run with these settings of run_glue.py, which is copied into the folder `collect`."""
     import run_glue  # takes seconds, as transformers does
 
     data, out = Path(values["data_dir"]), Path(values["output_dir"])
     if data.name == SENTENCES and not (data / "train.tsv").exists():
         generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
-    command = [part for flag, value in values.items() for part in (f"--{flag}", str(value))]
-    record = run_glue.main([*command, "--disable_tqdm", "True"])
+    record = run_glue.run(run_glue.of({**values, "disable_tqdm": True}))
     if collect is not None:
         with replacing(collect / f"{out.name}.json") as temporary:
             shutil.copyfile(out / records.RECORD_FILE, temporary)

@@ -14,6 +14,7 @@ trainer's last checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,17 +111,20 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 def read(arguments: list[str]) -> Settings:
     """The settings of a command line, checked."""
-    settings = SCRIPT.read(arguments)
-    _check(*_parts(settings))
-    return settings
+    return _checked(SCRIPT.read(arguments))
+
+
+def of(values: Mapping[str, Any]) -> Settings:
+    """The settings of these values by the flags' names, checked."""
+    return _checked(SCRIPT.of(values))
 
 
 def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
     """The settings of a command line, one object for each kind of flags."""
-    return _parts(read(arguments))
+    return parts(read(arguments))
 
 
-def _parts(settings: Settings) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
+def parts(settings: Settings) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
     return settings.of(GlueArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
 
 
@@ -128,7 +132,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """One run, unless it is finished already; its record."""
     if settings.show():
         return {}
-    glue, method, training = _parts(settings)
+    glue, method, training = parts(settings)
     task, out = get_task(glue.task), settings.output_dir
     data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
     plan = make_plan(glue, method, training, data)
@@ -152,8 +156,9 @@ def run(settings: Settings) -> dict[str, Any]:
     return record
 
 
-def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArguments) -> None:
-    """Refuse before anything is loaded what would fail, or do nothing, after the training."""
+def _checked(settings: Settings) -> Settings:
+    """The settings; refused before anything is loaded is what would fail, or do nothing, after the training."""
+    glue, method, training = parts(settings)
     # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
     # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
     training._n_gpu = min(training.n_gpu, 1)
@@ -175,6 +180,7 @@ def _check(glue: GlueArguments, method: MethodArguments, training: TrainingArgum
         read_bank(glue.bank_from)
     if glue.form != "topk" and not method.method.startswith("vblora"):
         raise ValueError(f"--form does nothing with --method {method.method}: leave it out")
+    return settings
 
 
 def make_plan(

@@ -178,7 +178,7 @@ def instruct(folder: Path) -> tuple[Callable[[list[str]], Any], list[str]]:
     import finetune
     import generate_instructions
 
-    generate_instructions.main([str(folder / "rows.json"), "--rows", "56"])
+    generate_instructions.write(folder / "rows.json", 56)
     places = ["--model_name_or_path", str(causal_model(folder)), "--data", str(folder / "rows.json")]
     more = ["--held_out", "8", "--source_max_length", "32", "--target_max_length", "16", "--max_steps", "10"]
     return finetune.main, [*places, *SMALL, *more]

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
 def measure(name: str, data: Path, steps: int) -> list[dict[str, float]]:
     """Train by one method, and look at the steps that are shown."""
     values = recipe_study.flags(recipe_study.SENTENCES, name, 3, 0, data, data / name)
-    glue, method, training = run_glue.parse([p for flag, v in values.items() for p in (f"--{flag}", str(v))])
+    glue, method, training = run_glue.parts(run_glue.of(values))
     set_seed(0)
     adapted, tokenizer = run_glue.build(glue, method, get_task("cola"))
     rows = tokenize(load_task("cola", data)["train"], tokenizer, glue.max_length)

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> None:
 
 def measure(task: str, place: Path, rounds: int) -> dict[str, Any]:
     """Examples per second and tokens per example of each way, and what padding does to the development set's score."""
-    glue, method, _ = run_glue.parse(["--row", f"minilm/{task}/vblora_all", "--data_dir", str(place)])
+    glue, method, _ = run_glue.parts(run_glue.of({"row": f"minilm/{task}/vblora_all", "data_dir": place}))
     set_seed(0)
     adapted, tokenizer = run_glue.build(glue, method, get_task(task))
     data = load_task(task, place)

@@ -47,6 +47,7 @@ from vblora.adapter import Adapter  # noqa: E402
 from vblora.optim import AdamW  # noqa: E402
 from vblora.trainer import AdapterTrainer, KeepBest  # noqa: E402
 from vblora_experiments import causal, commands  # noqa: E402
+from vblora_experiments.command_line import Settings  # noqa: E402
 from vblora_experiments.selection_log import SelectionLog  # noqa: E402
 
 GOAL = 0.05
@@ -90,7 +91,7 @@ def main(arguments: list[str]) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.runs:
-            results[name] = measure(RUNS[name](options, Path(folder)), RUN_MAIN[name])
+            results[name] = measure(SETTINGS[name](options, Path(folder)), RUN[name])
     shape = {name: getattr(options, name) for name in ("method", "task", "rows", "epochs")}
     text = "\n\n".join(render(name, found) for name, found in results.items())
     report("pipeline", {**shape, "runs": results}, text, options.record)
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> None:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--method", choices=["vblora", "lora"], default="vblora")
     parser.add_argument("--task", choices=list(TASKS), default="cola", help="of GLUE; data is generated for cola alone")
     parser.add_argument("--data_dir", help="the run's data, where --runs is one")
@@ -121,40 +122,40 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------ the runs
 
 
-def glue(options: argparse.Namespace, folder: Path) -> list[str]:
-    """The arguments of NLU/run_glue.py."""
+def glue(options: argparse.Namespace, folder: Path) -> Settings:
+    """A run of NLU/run_glue.py."""
     data = options.data_dir
     if data is None:
         data = str(folder / "cola")
         generate_cola.write(data, options.rows, max(20, options.rows // 10), 0)
     method = {"vblora": "vblora_all", "lora": "lora_qv"}[options.method]
-    flags = ["--row", f"minilm/{options.task}/{method}", "--data_dir", data]
-    flags += ["--model_name_or_path", options.model] if options.model else []
-    return [*flags, *_common(options, folder / "glue")]
+    told = {"row": f"minilm/{options.task}/{method}", "data_dir": data, "model_name_or_path": options.model}
+    return run_glue.of({**told, **_common(options, folder / "glue")})
 
 
-def e2e(options: argparse.Namespace, folder: Path) -> list[str]:
-    """The arguments of NLG/train.py."""
+def e2e(options: argparse.Namespace, folder: Path) -> Settings:
+    """A run of NLG/train.py."""
     data = options.data_dir
     if data is None:
         data = str(folder / "e2e")
         evaluated = max(8, options.rows // 30)  # of each representation there are three references
         generate_e2e.write(Path(data), options.rows, evaluated, evaluated, 0)
     model = options.model or str(write_causal(folder / "model", Path(data), options.small))
-    flags = ["--model_name_or_path", model, "--data_dir", data, "--method", options.method, "--learning_rate", "1e-3"]
-    flags += ["--rank", "4", "--max_eval_samples", str(max(8, options.rows // 10)), "--warmup_steps", "0"]
+    told = {"model_name_or_path": model, "data_dir": data, "method": options.method, "learning_rate": 1e-3}
+    told |= {"rank": 4, "max_eval_samples": max(8, options.rows // 10), "warmup_steps": 0}
     if options.method == "vblora":
-        flags += ["--num_vectors", "256", "--vector_length", "32" if options.small else "64"]
-    return [*flags, "--quick_samples", "4" if options.small else "32", *_common(options, folder / "e2e_run")]
+        told |= {"num_vectors": 256, "vector_length": 32 if options.small else 64}
+    told |= {"quick_samples": 4 if options.small else 32, **_common(options, folder / "e2e_run")}
+    return train.of(told)
 
 
-def _common(options: argparse.Namespace, out: Path) -> list[str]:
-    flags = ["--max_train_samples", str(options.rows), "--num_train_epochs", str(options.epochs)]
-    return [*flags, "--output_dir", str(out), "--report_to", "none", "--disable_tqdm", "true"]
+def _common(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    told = {"max_train_samples": options.rows, "num_train_epochs": options.epochs, "output_dir": out}
+    return {**told, "report_to": "none", "disable_tqdm": True}
 
 
-RUNS: dict[str, Callable[[argparse.Namespace, Path], list[str]]] = {"glue": glue, "e2e": e2e}
-RUN_MAIN: dict[str, Callable[[list[str]], Any]] = {"glue": run_glue.main, "e2e": train.main}
+SETTINGS: dict[str, Callable[[argparse.Namespace, Path], Settings]] = {"glue": glue, "e2e": e2e}
+RUN: dict[str, Callable[[Settings], Any]] = {"glue": run_glue.run, "e2e": train.train}
 
 
 def write_causal(folder: Path, data: Path, small: bool) -> Path:
@@ -226,7 +227,7 @@ class Clock:
         return timed
 
 
-def measure(arguments: list[str], run: Callable[[list[str]], Any]) -> dict[str, Any]:
+def measure(settings: Settings, run: Callable[[Settings], Any]) -> dict[str, Any]:
     """Seconds of every part of a run, the largest first, and the shares outside the model."""
     clock = Clock()
     wrapped: list[tuple[Any, str, str | Callable[..., str]]] = [*PARTS, (AdapterTrainer, "compute_loss", _pass)]
@@ -236,7 +237,7 @@ def measure(arguments: list[str], run: Callable[[list[str]], Any]) -> dict[str, 
             undo.callback(delattr, owner, name) if own is None else undo.callback(setattr, owner, name, own)
             setattr(owner, name, clock.wrapped(getattr(owner, name), part))
         with clock.part("beginning: else"):
-            run(arguments)
+            run(settings)
     seconds = dict(sorted(clock.seconds.items(), key=lambda item: -item[1]))
     whole, in_model = sum(seconds.values()), sum(seconds.get(part, 0.0) for part in MODEL)
     once = sum(seconds.get(part, 0.0) for part in ONCE)

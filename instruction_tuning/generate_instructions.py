@@ -112,10 +112,15 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.file.suffix != ".json":
         raise ValueError(f"{options.file}: the file's name must end in .json")
-    made = generate(options.rows, options.seed)
-    with replacing(options.file) as temporary:
+    write(options.file, options.rows, options.seed)
+    print(f"{options.file}: {options.rows} rows")
+
+
+def write(file: Path, rows: int, seed: int = 0) -> None:
+    """Write that many rows into a file."""
+    made = generate(rows, seed)
+    with replacing(file) as temporary:
         temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.file}: {len(made)} rows")
 
 
 if __name__ == "__main__":

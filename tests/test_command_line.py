@@ -84,6 +84,23 @@ def test_the_same_by_a_file_and_by_flags_is_the_same_run(tmp_path):
     assert plans[0] == plans[1]
 
 
+def test_what_a_caller_tells_is_what_flags_tell(tmp_path):
+    values = {"row": "m/vblora", "topk": 3, "bf16": True, "folder": tmp_path, "learning_rate": 0.5, "rank": None}
+    flags = ["--row", "m/vblora", "--topk", "3", "--bf16", "true", "--folder", str(tmp_path), "--learning_rate", "0.5"]
+    one, other = SCRIPT.of({**values, "use_cpu": True}), read(*flags)
+    assert one.parts == other.parts and one.overrides == other.overrides
+    shown = table(one)
+    assert shown["topk"] == ["3", "caller"] and shown["warmup_steps"] == ["0.06", "row m/vblora"]
+    for wrong, message in (
+        ({"topkk": 3}, "caller: try.py has no flag --topkk"),
+        ({"topk": 2.5}, "caller: topk is a whole number, not 2.5"),
+        ({"row": "none/such"}, "no row none/such"),
+        ({"rank": 4}, "required: --model_name_or_path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SCRIPT.of(wrong)
+
+
 def test_the_columns_stand_under_each_other_and_no_secret_is_shown(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"hub_token": "hf_abcdefg"}')
     settings = read("--row", "m/vblora", "--config", str(tmp_path / "run.json"), "--plan")

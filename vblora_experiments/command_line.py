@@ -7,7 +7,8 @@ A script's flags are the fields of some dataclasses. A flag goes before the file
     learning_rate_logits: 0.02
     bf16: true
 
-At its start a run prints what it resolved, each value with its source; --plan prints that and stops.
+A caller in Python tells the same values by their names (`Script.of`). At its start a run prints what it resolved, each
+value with its source; --plan prints that and stops.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from vblora_experiments.secrets import is_secret
 from vblora_experiments.text_files import once
 
 Part = TypeVar("Part")
-FLAG, DEFAULT, PLANNED = "flag", "default", "plan"
+FLAG, CALLER, DEFAULT, PLANNED = "flag", "caller", "default", "plan"
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a map"}
 
@@ -132,22 +133,36 @@ class Script:
         Raises:
             ValueError: an unknown or wrong flag, row, or file; or as the dataclasses.
         """
-        arguments = [self._todays(part) for part in split(arguments)]
+        return self._resolved([self._todays(part) for part in split(arguments)], {})
+
+    def of(self, values: Mapping[str, Any]) -> Settings:
+        """The settings of these values by the flags' names, for a caller in Python; None is a flag not given.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return self._resolved([], {name: value for name, value in told.items() if value is not None})
+
+    def _resolved(self, arguments: list[str], told: Mapping[str, Any]) -> Settings:
+        """The settings of a command line, or of what a caller told."""
         given = self._given(arguments)
         parser = self._parser()
-        file = given.get("config")
+        told = self._checked(told, parser, CALLER)
+        file = given.get("config", told.get("config"))
         config = self._checked(self._read(Path(file)), parser, file) if file is not None else {}
-        name = given.get("row", config.get("row"))
+        name = given.get("row", told.get("row", config.get("row")))
         row = {} if name is None else self._checked(self.row(name), parser, f"row {name}")
         layers = [(self.defaults, f"default of {self.name}"), (row, f"row {name}"), (config, f"config {file}")]
+        layers.append((told, CALLER))
         sources = {name: source for values, source in layers for name in values}
-        values = {**self.defaults, **row, **config}
+        values = {**self.defaults, **row, **config, **told}
         parser.set_defaults(**values)
         for action in parser._actions:  # a default does away with the need to give a flag
             action.required = action.required and action.dest not in values
         namespace = parser.parse_args(arguments)
         sources |= dict.fromkeys(given, FLAG)
-        changes = self.adjust(namespace, {*row, *config, *given})
+        changes = self.adjust(namespace, {*row, *config, *told, *given})
         if namespace.plan:  # of what may run elsewhere
             changes["use_cpu"] = (True, PLANNED)
         if namespace.output_dir is None:
@@ -157,7 +172,7 @@ class Script:
             sources[name] = reason
         known = vars(namespace)
         parts = tuple(kind(**{f.name: known[f.name] for f in fields(kind) if f.init}) for kind in self._all_kinds())
-        texts = {name: _as_text(value) for name, value in config.items() if value is not None}
+        texts = {name: _as_text(value) for name, value in {**config, **told}.items() if value is not None}
         overrides = runs.real_flags(texts) | runs.overrides(arguments)
         return Settings(self.name, parts, {name: sources.get(name, DEFAULT) for name in self._names()}, overrides)
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -239,7 +240,7 @@ def overrides(arguments: list[str]) -> dict[str, str]:
     """What was given beside --row, the seed and what does not decide the result: empty for the table's own run."""
     parts = split(arguments)
     values: dict[str, str] = {}
-    for flag, value in zip(parts, [*parts[1:], "--"], strict=True):
+    for flag, value in zip_longest(parts, parts[1:], fillvalue="--"):
         if flag.startswith("--"):
             values[flag.removeprefix("--").replace("-", "_")] = "true" if value.startswith("--") else value
     return real_flags(values)

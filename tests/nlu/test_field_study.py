@@ -17,13 +17,13 @@ def record(score):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_is_a_command_that_run_glue_takes(name, tmp_path):
+def test_every_row_is_taken_by_run_glue(name, tmp_path):
     low, middle, high = ROWS[name].rates
     assert low < middle < high
     values = field_study.recipe_study.flags_with(
         field_study.changes(name, middle), field_study.SENTENCES, 3, 1, tmp_path, tmp_path / "out"
     )
-    glue, method, training = run_glue.parse([part for f, v in values.items() for part in (f"--{f}", str(v))])
+    glue, method, training = run_glue.parts(run_glue.of(values))
     assert method.settings(glue.targets, None) and middle in method.rates().values() and training.seed == 1
 
 

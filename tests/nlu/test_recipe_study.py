@@ -9,6 +9,7 @@ import pytest
 import quickstart
 import recipe_study
 import run_glue
+from vblora.io import read_json, write_json
 
 
 def record(score, stored=100):
@@ -51,11 +52,24 @@ def test_the_search_is_listed_by_its_mean_the_best_last():
 
 
 @pytest.mark.parametrize("name", recipe_study.ROWS)
-def test_every_row_is_a_command_that_run_glue_takes(name, tmp_path):
+def test_every_row_is_taken_by_run_glue(name, tmp_path):
     values = recipe_study.flags("sentences", name, 3, 1, tmp_path, tmp_path / "out")
-    glue, method, training = run_glue.parse([part for f, v in values.items() for part in (f"--{f}", str(v))])
+    glue, method, training = run_glue.parts(run_glue.of(values))
     assert training.seed == 1 and training.num_train_epochs == 3 and glue.max_length == quickstart.COMMON["max_length"]
     assert method.settings(glue.targets, None)
+
+
+def test_a_run_of_a_kept_record_is_finished(tmp_path):
+    """The settings, told by their names, are those of the record, whose run was started with flags."""
+    record = read_json(recipe_study.ROOT / "results" / "recipe" / "sentences_e3_recipe_seed0.json")
+    out = tmp_path / "out"
+    write_json(out / "run.json", record["settings"])
+    write_json(out / "record.json", record)
+    values = recipe_study.flags("sentences", "recipe", 3, 0, tmp_path / recipe_study.SENTENCES, out)
+    assert recipe_study.train(values, tmp_path / "kept") == record
+    assert read_json(tmp_path / "kept" / "out.json") == record
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(rank: 4 before, 2 now"):
+        recipe_study.train({**values, "rank": 2}, None)
 
 
 def test_a_glue_task_has_minilms_settings():
