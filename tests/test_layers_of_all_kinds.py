@@ -11,7 +11,7 @@ from core_helpers import METHODS, QUERY_VALUE, adapt, build, config_for, gradien
 from torch import nn
 
 import vblora
-from vblora.methods.lora_xs import full_weight
+from vblora.base_weights import full_weight
 
 every_method = pytest.mark.parametrize("method", METHODS)
 both_forms = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])

@@ -86,7 +86,14 @@ def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[st
     return adapter
 
 
-def load(model: nn.Module, directory: str | Path, *, name: str | None = None, trainable: bool = False) -> Adapter:
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    strict_base: bool = False,
+) -> Adapter:
     """Attach to `model` the adapter in a directory or a packed file, in any form that this project or PEFT's VBLoRA
     writes.
 
@@ -98,6 +105,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None, tr
         name: attribute of the model that will hold the adapter; as in `attach`.
         trainable: have VB-LoRA's logits that a top-k form lacks drawn again, so that it can be trained on: see
             `VBLoRA.redraw_logits`. The seed is the recorded one, or 0 where there is none (PEFT's files).
+        strict_base: refuse, and do not only warn of, a file made on another base (`vblora.base_weights`).
 
     Raises:
         ValueError: the files are damaged, hold something else, or do not fit the model; the message names
@@ -105,7 +113,7 @@ def load(model: nn.Module, directory: str | Path, *, name: str | None = None, tr
     """
     from vblora.files.reading import read_for
 
-    found = read_for(model, Path(directory))
+    found = read_for(model, Path(directory), strict_base)
     with torch.inference_mode(False):
         adapter = install(
             model, Adapter.methods[type(found.config)](found.config, found.targets, None), name, found.saved
@@ -127,7 +135,7 @@ def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redr
     from vblora.files.reading import read_values
 
     content = read_values(
-        adapter.home[0], Path(directory), adapter.config, adapter.shapes, adapter.saved if heads else None
+        adapter.home[0], Path(directory), adapter.config, adapter.targets, adapter.saved if heads else None
     )
     if isinstance(adapter.config, VBLoRAConfig) and content.form != "full" and not redraw:
         raise ValueError(
@@ -306,6 +314,7 @@ class Adapter(ForwardPath):
         Raises:
             ValueError: no such form, the adapter is attached to no model, or a layer was replaced since.
         """
+        from vblora.base_weights import take_sample
         from vblora.files.content import Content
 
         if form not in FORMS:
@@ -320,6 +329,7 @@ class Adapter(ForwardPath):
             getattr(getattr(model, "config", None), "_name_or_path", None) or None,
             self.init_seed,
             any(is_conv1d(module) for module in self.targets.values()),
+            base_sample=take_sample(model, self.targets, self.shapes, self.outputs),
         )
 
     def save(self, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:

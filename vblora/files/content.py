@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vblora.base_weights import BaseSample
 from vblora.config import AdapterConfig, TensorSpec
 from vblora.files import layer_names
 from vblora.files.layer_names import WIDEST
@@ -33,6 +34,7 @@ class Content:
         init_seed: what the adapter's initial values were drawn from, where it is known.
         conv1d: the adapted layers are transformers' Conv1D.
         stored: how each tensor was written, and in how many bytes; empty for what comes from no packed file.
+        base_sample: single weights of the base model, where they are known.
     """
 
     config: AdapterConfig
@@ -43,6 +45,7 @@ class Content:
     init_seed: int | None = None
     conv1d: bool = False
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
+    base_sample: BaseSample | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -72,11 +75,12 @@ class Content:
 
 
 class FileContent(NamedTuple):
-    """A file's tensors under our names, its heads, and the seed of its initial values; all of it checked."""
+    """A file's tensors under our names, its heads, the seed of its initial values, and its base; all of it checked."""
 
     native: dict[str, Tensor]
     heads: dict[str, Tensor]
     init_seed: int | None
+    base_sample: BaseSample | None
 
     @property
     def form(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from vblora.bank import select, topk_tensors
+from vblora.base_weights import read_sample
 from vblora.config import AdapterConfig, VBLoRAConfig
 from vblora.files import packed, peft_format
 from vblora.files.content import Content, check_tensors, form_of
@@ -72,7 +73,7 @@ def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> 
     files = to_files(
         content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
     )
-    write_files(directory, *files, content.config, content.init_seed)
+    write_files(directory, *files, content)
     return content
 
 
@@ -113,6 +114,7 @@ def read_directory(directory: str | Path, model: nn.Module | None = None) -> Con
         base_name if isinstance(base_name, str) and base_name else None,
         seed_of(found.metadata),
         conv1d,
+        base_sample=read_sample(found.metadata),
     )
 
 

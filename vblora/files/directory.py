@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from vblora import container
 from vblora.bank import smallest_index_dtype
+from vblora.base_weights import read_sample
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.container import TensorFile
 from vblora.files import peft_format
@@ -64,7 +65,7 @@ def write_directory(content: Content, directory: str | Path, format: str = "auto
     files = to_files(
         content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
     )
-    write_files(directory, *files, content.config, content.init_seed)
+    write_files(directory, *files, content)
 
 
 def to_files(
@@ -96,19 +97,19 @@ def write_files(
     directory: str | Path,
     settings: dict[str, Any],
     tensors: dict[str, Tensor],
-    config: AdapterConfig,
-    init_seed: int | None,
+    content: Content,
 ) -> None:
-    """Write the two files of a directory, one save at a time.
+    """Write the two files of a directory, one save at a time; of the content only what is not in these is looked at.
 
     The tensors' file holds the settings too, with a checksum over both, so that the save is done in the one step that
     puts it in its place. adapter_config.json, which PEFT reads, lies ready beside it then and follows.
     """
     directory = Path(directory)
     text = json_text(directory / CONFIG_FILE, settings)
-    metadata = {} if init_seed is None else {"init_seed": str(init_seed)}
+    metadata = {} if content.init_seed is None else {"init_seed": str(content.init_seed)}
+    metadata |= {} if content.base_sample is None else content.base_sample.metadata()
     if METHOD_KEY not in settings:
-        metadata |= peft_format.start_metadata(config)
+        metadata |= peft_format.start_metadata(content.config)
     metadata[SETTINGS] = json.dumps({k: v for k, v in settings.items() if v is not None}, sort_keys=True)
     metadata[CHECKSUM] = pair_checksum(_own_settings(metadata)[0], tensors, metadata)
     with alone_in(directory):
@@ -179,7 +180,7 @@ class Directory:
             wanted = None if saved is None else head_tensors(saved)
             if wanted is not None:
                 self._check_size(shapes, wanted)
-            tensors = self.tensors()
+            tensors, sample = self.tensors(), read_sample(self.metadata)
             native, heads = self.split(tensors, shapes)
             check_tensors(native, self.config.spec(shapes, form_of(native)))
             if wanted is not None:
@@ -188,7 +189,7 @@ class Directory:
             raise
         except ValueError as error:
             raise ValueError(f"{self._file.path}: {error}") from error
-        return FileContent(native, {} if saved is None else heads, seed_of(self.metadata))
+        return FileContent(native, {} if saved is None else heads, seed_of(self.metadata), sample)
 
     def split(
         self, tensors: dict[str, Tensor], shapes: Sequence[LayerShape]

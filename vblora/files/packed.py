@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vblora.base_weights import read_sample
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
 from vblora.files import shared_bank
@@ -125,7 +126,8 @@ def dumps(
     for name, tensor in content.heads.items():
         _put(raws, codes, HEAD_PREFIX + name, tensor, heads)
     text = json.dumps(_header(content, codes), separators=(",", ":"), ensure_ascii=False)
-    return serialize(raws, {HEADER: text, CHECKSUM: checksum(text, raws)})
+    base = {} if content.base_sample is None else content.base_sample.metadata()
+    return serialize(raws, {HEADER: text, CHECKSUM: checksum(text, raws), **base})
 
 
 def _content_of(source: Content | HasContent) -> Content:
@@ -252,7 +254,8 @@ def _read(
     reader.require_empty()
     check_tensors(tensors, _spec(config, shapes))
     base, seed = header.get("base_model"), header.get("init_seed")
-    return Content(config, shapes, tensors, heads, base, seed, header.get("conv1d", False), reader.stored)
+    conv1d, sample = header.get("conv1d", False), read_sample(metadata)
+    return Content(config, shapes, tensors, heads, base, seed, conv1d, reader.stored, sample)
 
 
 def _require_packed(metadata: dict[str, str]) -> None:

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from vblora.base_weights import check_base, take_sample
 from vblora.config import AdapterConfig
 from vblora.files import match, packed
 from vblora.files.content import Content, FileContent, check_heads
 from vblora.files.directory import opened
 from vblora.files.peft_format import BANK
 from vblora.shapes import LayerShape
-from vblora.targets import find_saved, find_targets, head_tensors, layer_shapes
+from vblora.targets import find_saved, find_targets, head_tensors, layer_shapes, output_slice
 
 
 class Found(NamedTuple):
@@ -26,14 +27,18 @@ class Found(NamedTuple):
     content: FileContent
 
 
-def read_for(model: nn.Module, path: Path) -> Found:
-    """What a directory or a packed file holds for this model.
+def read_for(model: nn.Module, path: Path, strict_base: bool = False) -> Found:
+    """What a directory or a packed file holds for this model; `strict_base` as in `vblora.load`.
 
     Raises:
         ValueError: the files are damaged, hold something else, or do not fit the model.
     """
-    if not path.is_file():
-        return _read_directory(model, path)
+    found = _read_packed_for(model, path) if path.is_file() else _read_directory(model, path)
+    _check_base(model, found, path, strict_base)
+    return found
+
+
+def _read_packed_for(model: nn.Module, path: Path) -> Found:
     content = packed.read(path)
     saved = find_saved(model, content.config)
     targets = match.find_layers(model, content, path)
@@ -45,7 +50,7 @@ def read_values(
     model: nn.Module,
     path: Path,
     config: AdapterConfig,
-    shapes: Sequence[LayerShape],
+    targets: dict[str, nn.Module],
     saved: dict[str, nn.Module] | None,
 ) -> FileContent:
     """The values for an adapter that is attached already, with these settings and layers.
@@ -53,14 +58,17 @@ def read_values(
     Raises:
         ValueError: as in `read_for`, or the file's settings are others.
     """
-    names = {shape.name for shape in shapes}
+    shapes = layer_shapes(targets, config)
     if path.is_file():
         content = packed.read(path)
-        _require_settings(config, names, content.config, {shape.name for shape in content.shapes}, path)
-        return _read_packed(content, path, shapes, saved)
-    with opened(path) as found:
-        _require_settings(config, names, found.config, set(find_targets(model, found.config)), path)
-        return found.content(shapes, saved)
+        _require_settings(config, set(targets), content.config, {shape.name for shape in content.shapes}, path)
+        read = _read_packed(content, path, shapes, saved)
+    else:
+        with opened(path) as found:
+            _require_settings(config, set(targets), found.config, set(find_targets(model, found.config)), path)
+            read = found.content(shapes, saved)
+    _check_base(model, Found(config, targets, saved or {}, read), path, strict=False)
+    return read
 
 
 def read_bank(source: str | Path) -> Tensor:
@@ -98,7 +106,15 @@ def _read_packed(
             check_heads(content.heads, head_tensors(saved))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return FileContent(native, {} if saved is None else content.heads, content.init_seed)
+    return FileContent(native, {} if saved is None else content.heads, content.init_seed, content.base_sample)
+
+
+def _check_base(model: nn.Module, found: Found, path: Path, strict: bool) -> None:
+    """Compare the base model that the file was made on with this one."""
+    shapes = layer_shapes(found.targets, found.config)
+    outputs = {name: output_slice(name, module, found.config) for name, module in found.targets.items()}
+    own = take_sample(model, found.targets, shapes, outputs)
+    check_base(found.content.base_sample, own, shapes, str(path), strict)
 
 
 def _require_settings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from vblora.adapter import Adapter
 from vblora.config import TensorSpec
 from vblora.methods.scaled import ScaledConfig
 from vblora.shapes import LayerShape
-from vblora.targets import is_conv1d, is_quantized, weight_of
 
 
 @dataclass(kw_only=True)
@@ -46,6 +45,8 @@ class LoRAXS(Adapter, config=LoRAXSConfig):
     config: LoRAXSConfig
 
     def __init__(self, config: LoRAXSConfig, targets: Mapping[str, nn.Module], seed: int | None) -> None:
+        from vblora.base_weights import full_weight
+
         super().__init__(config, targets, seed)
         for shape in self.shapes:
             if config.r > min(shape.in_features, shape.out_features):
@@ -91,24 +92,3 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor]:
     largest = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True))  # (r, 1)
     sign = torch.where(largest < 0, -1.0, 1.0)
     return (us.T * sign).float(), (vt * sign).float()
-
-
-def full_weight(module: nn.Module) -> Tensor:
-    """The weight as floating point (out, in) whatever the layer: dequantised, Conv1D's transposed."""
-    weight = weight_of(module)
-    if weight.is_meta:
-        raise ValueError("the weights are offloaded, and their singular factors need them in memory")
-    if is_quantized(module):
-        return _dequantized(module)
-    return weight.detach().T if is_conv1d(module) else weight.detach()
-
-
-def _dequantized(module: nn.Module) -> Tensor:
-    """A bitsandbytes layer's weight in floating point. (PEFT's function for this changes 8-bit layers on the CPU.)"""
-    from bitsandbytes import functional
-
-    weight: Any = weight_of(module)
-    if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
-    state: Any = module.state  # holds the scales after the first forward pass, the weight before it
-    return functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vblora.base_weights import BaseSample, check_base, take_sample
 from vblora.files import packed, shared_bank
 from vblora.files.content import Content, check_heads
 from vblora.files.match import find_layers
@@ -67,19 +68,29 @@ class AdapterStore:
             first used, and again when they have been replaced. Shared banks lie in it too.
         max_composed: adapters whose factors are kept, besides those of the running batch; the least recently used
             go first.
+        strict_base: refuse, and do not only warn of, adapters made on another base (`vblora.base_weights`).
 
     Raises:
         ValueError: the folder does not exist.
     """
 
-    def __init__(self, model: nn.Module, folder: str | Path | None = None, *, max_composed: int = 64) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: str | Path | None = None,
+        *,
+        max_composed: int = 64,
+        strict_base: bool = False,
+    ) -> None:
         if max_composed < 0:
             raise ValueError(f"max_composed must be at least 0, not {max_composed}")
         self.model = model
         self.max_composed = max_composed
+        self.strict_base = strict_base
         self._sources: dict[str, Path | bytes] = {}
         self._composed: OrderedDict[str, _Composed] = OrderedDict()
         self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
+        self._samples: dict[str, BaseSample | None] = {}  # of the model's weights, by the same
         self._hooked: dict[str, torch.utils.hooks.RemovableHandle] = {}
         self._own_rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
         self._running: list[_Rows] = []  # of all threads
@@ -185,6 +196,7 @@ class AdapterStore:
         self._hooked.clear()
         self._composed.clear()
         self._fits.clear()
+        self._samples.clear()
 
     def _require(self, name: str) -> Path | bytes:
         if name not in self._sources:
@@ -208,6 +220,8 @@ class AdapterStore:
             factors = adapter.factors()
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
+        own = self._samples[adapter.fingerprint]
+        check_base(adapter.base_sample, own, adapter.shapes, f"adapter {name!r}", self.strict_base)
         for place in places.values():
             self._hook(place.layer, _LayerHook(self, place.layer))
         for module_name in heads:
@@ -229,7 +243,8 @@ class AdapterStore:
     def _places(self, adapter: Content) -> dict[str, Place]:
         """Where the adapter's factors go, by target."""
         if adapter.fingerprint not in self._fits:
-            find_layers(self.model, adapter, "it")
+            targets = find_layers(self.model, adapter, "it")
+            self._samples[adapter.fingerprint] = take_sample(self.model, targets, adapter.shapes, adapter.outputs)
             self._fits[adapter.fingerprint] = {
                 target: Place(target)
                 if part == slice(None)
