@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
-from vblora.hooks import install_hooks
+from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts
 from vblora.merging import SavePretrained, check_in_place, check_mergeable
 from vblora.shapes import Count, LayerShape
 from vblora.targets import (
@@ -29,7 +29,6 @@ from vblora.targets import (
     is_conv1d,
     layer_shapes,
     output_slice,
-    weight_of,
     weight_part,
     with_tied,
 )
@@ -53,30 +52,31 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
         The adapter, a sub-module of the model.
 
     Raises:
-        ValueError: no layer matches, a layer cannot be adapted, or the name is taken. The model is as before.
+        ValueError: no layer matches, a layer cannot be adapted, the name is taken, or the model is in a wrapper, such
+            as torch.compile's. The model is as before.
     """
+    require_plain(model)
     adapter_class = Adapter.methods.get(type(config))
     if adapter_class is None:
         known = ", ".join(sorted(c.__name__ for c in Adapter.methods))
         raise ValueError(f"attach takes one of {known}, not {type(config).__name__}")
     targets = find_targets(model, config)
+    warn_of_experts(model, config)
     saved = with_tied(model, find_saved(model, config))
     if len(saved) > len(find_saved(model, config)):
         config = replace(config, modules_to_save=list(saved))
     if seed is None:
-        seed = int(torch.randint(2**31 - 1, ()))
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
     if not isinstance(seed, int):
         raise ValueError(f"seed must be a whole number, not {seed!r}")
-    return install(model, adapter_class(config, targets, seed), name, saved)
+    with torch.device("cpu"):  # whatever the caller's default is: `_install` moves it to where the layers compute
+        adapter = adapter_class(config, targets, seed)
+    return install(model, adapter, name, saved)
 
 
 @torch.inference_mode(False)
 def install(model: nn.Module, adapter: Adapter, name: str | None, saved: dict[str, nn.Module]) -> Adapter:
     """Put a ready adapter into the model; what `attach` and `vblora.load` end with."""
-    if any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__):
-        raise ValueError(
-            "a SentenceTransformer saves its parts one by one: give the transformer in it, model[0].auto_model"
-        )
     name = name or f"{adapter.config.method}_adapter"
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise ValueError(f"{name!r} cannot be the name of an adapter: it becomes an attribute of the model")
@@ -113,11 +113,11 @@ def load(
     """
     from vblora.files.reading import read_for
 
+    require_plain(model)
     found = read_for(model, Path(directory), strict_base)
-    with torch.inference_mode(False):
-        adapter = install(
-            model, Adapter.methods[type(found.config)](found.config, found.targets, None), name, found.saved
-        )
+    with torch.inference_mode(False), torch.device("cpu"):
+        adapter = Adapter.methods[type(found.config)](found.config, found.targets, None)
+        install(model, adapter, name, found.saved)
     adapter.take_over(found.content, redraw=trainable)
     return adapter
 
@@ -389,10 +389,10 @@ class Adapter(ForwardPath):
             if parameter.is_floating_point() and (id(parameter) in heads or id(parameter) not in kept):
                 parameter.requires_grad_(id(parameter) in heads)
         self.train(model.training)
-        self.to(_device_of(next(iter(self.targets.values()))))
+        self.to(device_of(next(iter(self.targets.values()))))
         model.add_module(name, self)
         layers = [(self.targets[self.shapes[group[0]].name], group) for group in self._indices_by_layer()]
-        self._handles += install_hooks(self, model, layers)
+        self._handles += install_hooks(self, model, layers, saved)
         if hasattr(type(model), "save_pretrained"):
             model.__dict__.setdefault("save_pretrained", SavePretrained(model))
 
@@ -411,16 +411,6 @@ class Adapter(ForwardPath):
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a layer computes: where its weight is, or where accelerate brings an offloaded one."""
-    device = weight_of(module).device
-    if device.type != "meta":
-        return device
-    hook = getattr(module, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    return torch.device(execution if execution is not None else "cpu")
 
 
 def save(adapter: Adapter, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:

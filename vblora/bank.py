@@ -111,7 +111,7 @@ class Layout:
     @property
     def of_a(self) -> Tensor:
         """Which rows of the table are A's: booleans (N)."""
-        return torch.cat([torch.full((size,), index % 2 == 0) for index, size in enumerate(self.sizes)])
+        return torch.cat([torch.full((size,), index % 2 == 0, device="cpu") for index, size in enumerate(self.sizes)])
 
     def tiles(self, features: int) -> int:
         """Sub-vectors in one row of a factor that is `features` wide."""

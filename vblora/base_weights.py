@@ -94,7 +94,7 @@ def take_sample(
             return None
         kinds.add(kind)
         values.append(float(weight[row, column]))
-    data = torch.tensor(values).double()  # as float32 has them
+    data = torch.tensor(values, device="cpu").double()  # as float32 has them
     return BaseSample(tuple(sorted(kinds)), tuple(data.tolist())) if data.isfinite().all() else None
 
 
@@ -108,7 +108,7 @@ def check_base(
     """
     if theirs is None or ours is None:
         return
-    one, other = (torch.tensor(s.values, dtype=torch.float64) for s in (theirs, ours))
+    one, other = (torch.tensor(s.values, dtype=torch.float64, device="cpu") for s in (theirs, ours))
     apart = (one - other).abs()
     size, allowed = max(one.norm(), other.norm()), theirs.tolerance(ours)
     if apart.norm() <= allowed * size:

@@ -59,7 +59,7 @@ class Raw(NamedTuple):
     def tensor(self) -> Tensor:
         """A tensor with memory of its own, or that of `data` where nothing else refers to it."""
         if not self.data:
-            return torch.empty(self.shape, dtype=DTYPES[self.dtype])
+            return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         data = self.data if isinstance(self.data, bytearray) else bytearray(self.data)
         return torch.frombuffer(data, dtype=DTYPES[self.dtype]).reshape(self.shape)
 

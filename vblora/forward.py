@@ -72,6 +72,13 @@ class ForwardPath(nn.Module):
         self.forget()
         return super().train(mode)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> ForwardPath:
+        """As nn.Module's. `to_empty`, which gives a model on the meta device memory, leaves the adapter its values."""
+        if ".to_empty." in getattr(fn, "__qualname__", ""):
+            device = fn(torch.empty(0, device="cpu")).device
+            return super()._apply(lambda tensor: tensor.to(device), recurse)
+        return super()._apply(fn, recurse)
+
     def compose(self) -> tuple[Tensor, ...]:
         """What all factors are made of, computed from the parameters with their graph."""
         pairs = self.config.factors(self.shapes, dict(self.named_parameters()))

@@ -5,18 +5,99 @@ Hooks are small objects, not closures: a deep copy of the model copies them and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
+from torch.utils._pytree import tree_map
 
+from vblora.config import AdapterConfig
 from vblora.forward import ForwardPath
+from vblora.targets import is_target, weight_of
+
+# Classes that put a model, or a part of it, under a name of their own, and where they have it.
+WRAPPERS = {
+    "OptimizedModule": ("torch.compile", "_orig_mod"),
+    "DataParallel": ("DataParallel", "module"),
+    "DistributedDataParallel": ("DistributedDataParallel", "module"),
+    "FullyShardedDataParallel": ("FullyShardedDataParallel", "module"),
+    "DeepSpeedEngine": ("DeepSpeed", "module"),
+    "AveragedModel": ("AveragedModel", "module"),
+    "_FabricModule": ("Lightning Fabric", "_forward_module"),
+    "CheckpointWrapper": ("checkpoint_wrapper", "_checkpoint_wrapped_module"),
+}
+HALF = (torch.float16, torch.bfloat16)
 
 
-def install_hooks(adapter: ForwardPath, model: nn.Module, layers: Sequence[tuple[nn.Module, list[int]]]) -> list[Any]:
-    """Hook the model, its input embeddings, and each layer with the numbers of the targets that are in it."""
+def require_plain(model: nn.Module) -> None:
+    """Refuse a model in a wrapper, whose layers have other names there than in the model that files are loaded into.
+
+    Raises:
+        ValueError: the model or a part of it is in a wrapper, or parameters are being made without memory.
+    """
+    for name, module in model.named_modules():
+        for kind in (kind.__name__ for kind in type(module).__mro__):
+            if kind == "SentenceTransformer":
+                raise ValueError(
+                    "a SentenceTransformer saves its parts one by one: give the transformer in it, model[0].auto_model"
+                )
+            if kind in WRAPPERS:
+                by, inside = WRAPPERS[kind]
+                raise ValueError(
+                    f"{name or 'the model'} is wrapped by {by}: attach or load the adapter first, to the model itself "
+                    f"(here {f'model.{name}' if name else 'model'}.{inside}), then wrap that"
+                )
+    with torch.device("cpu"):
+        if nn.Linear(1, 1, bias=False).weight.is_meta:
+            raise ValueError(
+                "parameters made now have no memory (accelerate's init_empty_weights), and the adapter's values would "
+                "be lost: attach or load it after that block; the model may be on the meta device then"
+            )
+
+
+def warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
+    """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out."""
+    wanted = config.target_modules
+    experts = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and (wanted == "all-linear" or is_target(config, name))
+    }
+    if experts:
+        share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{len(experts)} parameters of experts stay as they are, {share:.0%} of the model's numbers: "
+            f"{next(iter(experts))} and its like are no linear layers",
+            stacklevel=3,
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer computes: where its weight is, or where accelerate brings an offloaded one."""
+    device = weight_of(module).device
+    if device.type != "meta":
+        return device
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return torch.device(execution if execution is not None else "cpu")
+
+
+def install_hooks(
+    adapter: ForwardPath,
+    model: nn.Module,
+    layers: Sequence[tuple[nn.Module, list[int]]],
+    saved: Mapping[str, nn.Module],
+) -> list[Any]:
+    """Hook the model, its input embeddings, and each layer with the numbers of the targets that are in it.
+
+    Of a model in 16 bits, the modules that are trained in full (`saved`) are turned to float32, and stay so when the
+    adapter is taken off.
+    """
+    for module in saved.values():
+        train_in_float32(module)
     return [
         model.register_forward_pre_hook(_RootHook(adapter)),
         model.register_forward_hook(_RootEndHook(adapter)),
@@ -59,6 +140,40 @@ class _LayerHook(_Hook):
         kept = len(module._forward_hooks) > 1 or _global_forward_hooks
         in_place = type(module) is nn.Linear and not kept
         return self.adapter.add_to(output, x, self.indices, in_place)
+
+
+def train_in_float32(module: nn.Module) -> None:
+    """Keep a module of 16 bits in float32 within a model of 16 bits, as the adapter is: small steps are not rounded
+    away, and a GradScaler, which refuses gradients in float16, can be used."""
+    kinds = {p.dtype for p in module.parameters()}
+    if len(kinds) == 1 and (kind := kinds.pop()) in HALF:
+        module.float()
+        module.register_forward_pre_hook(_to_own_precision, with_kwargs=True)
+        module.register_forward_hook(_BackTo(kind))
+
+
+def _to_own_precision(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before a module: give it its input in the precision of its parameters."""
+    return _in_precision((args, kwargs), next(module.parameters()).dtype)
+
+
+class _BackTo:
+    """After a module: give its output in the precision that it had in the model."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _in_precision(output, self.dtype)
+
+
+def _in_precision(values: Any, dtype: torch.dtype) -> Any:
+    """Tensors in a structure of them, those of 16 and 32 bits in this precision."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (*HALF, torch.float32) else value
+
+    return tree_map(cast, values)
 
 
 class _EmbeddingHook(_Hook):

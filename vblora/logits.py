@@ -41,14 +41,15 @@ def draw(config: VBLoRAConfig, of_a: Tensor, seed: int) -> tuple[Tensor, Iterato
     """
     h, bound = config.num_vectors, config.init_vector_bank_bound
     generator = torch.Generator().manual_seed(seed)
-    bank = torch.empty(h, config.vector_length, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
-    vector_of_a = torch.arange(h) < config.init_vectors_of_a  # (h)
+    bank = torch.empty(h, config.vector_length, dtype=torch.float32, device="cpu")
+    bank.uniform_(-bound, bound, generator=generator)
+    vector_of_a = torch.arange(h, device="cpu") < config.init_vectors_of_a  # (h)
     if config.init_vectors_of_a:
         bank[~vector_of_a] = 0
 
     def blocks() -> Iterator[Tensor]:
         for part in _parts(len(of_a), h):
-            drawn = torch.empty(part.stop - part.start, h, dtype=torch.float32)
+            drawn = torch.empty(part.stop - part.start, h, dtype=torch.float32, device="cpu")
             drawn.normal_(generator=generator).mul_(config.init_logits_std)
             if config.init_vectors_of_a:
                 own = of_a[part].unsqueeze(1) == vector_of_a  # (n, h)
@@ -89,12 +90,13 @@ class LogitTable(nn.Module):
         self.of_a = of_a  # (N), on the CPU, where logits are drawn
         self.rows = rows = len(of_a)
         kind = torch.uint8 if config.num_vectors <= 256 else torch.int32  # 16 bits can be sent by neither gloo nor NCCL
-        self.register_buffer("indices", torch.zeros(rows, config.topk, dtype=kind))
-        self.register_buffer("values", torch.zeros(rows, config.topk))
-        self.register_buffer("slots", torch.zeros(rows, config.topk, dtype=torch.long))
-        self.register_buffer("reached", torch.tensor(0))
-        self.register_buffer("shrunk", torch.tensor(1.0))
-        self.register_buffer("seed", torch.zeros(2, dtype=torch.long))
+        with torch.device("cpu"):
+            self.register_buffer("indices", torch.zeros(rows, config.topk, dtype=kind))
+            self.register_buffer("values", torch.zeros(rows, config.topk))
+            self.register_buffer("slots", torch.zeros(rows, config.topk, dtype=torch.long))
+            self.register_buffer("reached", torch.tensor(0))
+            self.register_buffer("shrunk", torch.tensor(1.0))
+            self.register_buffer("seed", torch.zeros(2, dtype=torch.long))
         self._noted: tuple[Tensor, Any] | None = None  # `reached` on its way from a GPU
 
     @property
@@ -166,7 +168,7 @@ class LogitTable(nn.Module):
         indices, values = [], []
         for current, first in blocks:
             if width == self.config.num_vectors:
-                order = torch.arange(width).expand(len(current), -1)
+                order = torch.arange(width, device="cpu").expand(len(current), -1)
             else:
                 key = current if first is None else current.masked_fill(first, torch.inf)
                 order = key.topk(width, dim=-1).indices
@@ -246,7 +248,7 @@ class LogitTable(nn.Module):
         parts = _parts(self.rows, self.config.num_vectors)
         blocks: Iterable[Tensor]
         if self.is_full:
-            blocks = (torch.empty(p.stop - p.start, self.config.num_vectors) for p in parts)
+            blocks = (torch.empty(p.stop - p.start, self.config.num_vectors, device="cpu") for p in parts)
         else:
             blocks = self._drawn()
         return torch.cat(
@@ -259,7 +261,7 @@ class LogitTable(nn.Module):
     # -- small things --------------------------------------------------------------------------------------------
 
     def _set_seed(self, seed: int) -> None:
-        self.seed.copy_(torch.tensor(divmod(seed, 1 << 32)))
+        self.seed.copy_(torch.tensor(divmod(seed, 1 << 32), device="cpu"))
 
     def _get_seed(self) -> int:
         high, low = self.seed.tolist()
@@ -276,10 +278,12 @@ class LogitTable(nn.Module):
 
     def _reach(self, slot: int | Tensor) -> None:
         """Note the last slot that was selected. From a GPU the number comes while the next batch is computed."""
-        self.reached.copy_(torch.as_tensor(slot))
+        self.reached.copy_(torch.as_tensor(slot, device=self.reached.device))
         self._noted = None
         if self.reached.is_cuda:
-            number = torch.empty((), dtype=torch.long, pin_memory=True).copy_(self.reached, non_blocking=True)
+            number = torch.empty((), dtype=torch.long, device="cpu", pin_memory=True).copy_(
+                self.reached, non_blocking=True
+            )
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.reached.device))
             self._noted = (number, event)

@@ -115,7 +115,7 @@ class AdamW(torch.optim.AdamW):
         """The moments, slot by slot as the table is now. `indices` is the table's own tensor while they agree."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(table.values)
             state["exp_avg_sq"] = torch.zeros_like(table.values)
         elif state["indices"] is not table.indices:

@@ -205,7 +205,7 @@ def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
 def _weights_squared(vectors: int, topk: int) -> float:
     """The expected sum of squares of a mixture's weights when `vectors` logits are drawn: 1 for one vector."""
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(1000, vectors, generator=generator).abs() * LOGITS_STD
+    drawn = torch.randn(1000, vectors, generator=generator, device="cpu").abs() * LOGITS_STD
     return float(drawn.topk(topk).values.softmax(dim=-1).square().sum(dim=-1).mean())
 
 

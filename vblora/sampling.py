@@ -41,7 +41,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator, device="cpu").tolist()
         size = self.batch_size
         batches: list[list[int]] = []
         for start in range(0, len(order), POOL * size):
@@ -49,7 +49,7 @@ class LengthGroupedSampler(Sampler[int]):
             batches += [pool[at : at + size] for at in range(0, len(pool), size)]
         last = [batch for batch in batches if len(batch) < size]
         full = [batch for batch in batches if len(batch) == size]
-        shuffled = [full[at] for at in torch.randperm(len(full), generator=generator).tolist()]
+        shuffled = [full[at] for at in torch.randperm(len(full), generator=generator, device="cpu").tolist()]
         return iter([row for batch in [*shuffled, *last] for row in batch])
 
 

@@ -30,7 +30,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         output_layers = _output_layers(model)
         matched = [n for n, m in names.items() if is_linear(m) and n not in output_layers and not _in_peft(n, names)]
     else:
-        matched = [n for n in names if n and _is_target(config, n)]
+        matched = [n for n in names if n and is_target(config, n)]
     targets = {
         n: names[n]
         for n in matched
@@ -53,7 +53,6 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             )
     parts = [f"{key}.{part}" for key, of_key in (config.split_modules or {}).items() for part in of_key]
     _warn_of_idle_names(config, [*names, *parts])
-    _warn_of_experts(model, config)
     return _split(targets, config)
 
 
@@ -103,23 +102,6 @@ def _warn_of_idle_names(config: AdapterConfig, names: list[str]) -> None:
         idle = [w for w in wanted or [] if not any(n == w or n.endswith(f".{w}") for n in names)]
         if isinstance(wanted, list) and idle:
             warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=4)
-
-
-def _warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
-    """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out."""
-    wanted = config.target_modules
-    experts = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and (wanted == "all-linear" or _is_target(config, name))
-    }
-    if experts:
-        share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
-        warnings.warn(
-            f"{len(experts)} parameters of experts stay as they are, {share:.0%} of the model's numbers: "
-            f"{next(iter(experts))} and its like are no linear layers",
-            stacklevel=4,
-        )
 
 
 def _in_peft(name: str, names: Mapping[str, nn.Module]) -> bool:
@@ -216,7 +198,7 @@ def layer_shapes(targets: Mapping[str, nn.Module], config: AdapterConfig) -> lis
     return [layer_shape(name, module, output_slice(name, module, config)) for name, module in targets.items()]
 
 
-def _is_target(config: AdapterConfig, name: str) -> bool:
+def is_target(config: AdapterConfig, name: str) -> bool:
     wanted = config.target_modules
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None

@@ -39,7 +39,7 @@ class Reader:
             assert spec.below is not None
             return self._indices(name, spec.shape, bits_for(spec.below))
         if name == "topk_weights" and spec.shape[1] == 0:
-            return torch.zeros(spec.shape)
+            return torch.zeros(spec.shape, device="cpu")
         if name == "topk_weights" and self.codes.get(name) == "steps":
             return self._steps(name, spec.shape)
         if name == "vector_bank" and _is_shared(self.codes.get(name)):

@@ -155,7 +155,7 @@ def selections(tensors: dict[str, Tensor], config: VBLoRAConfig) -> Iterator[tup
 
 
 def _selection(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Any]:
-    total = torch.zeros(config.num_vectors, dtype=torch.float64)  # the weight each vector carries
+    total = torch.zeros(config.num_vectors, dtype=torch.float64, device="cpu")  # the weight each vector carries
     n = 0
     for indices, weights in selections(tensors, config):
         total.scatter_add_(0, indices.flatten(), weights.flatten())

@@ -30,7 +30,7 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     flat = values.flatten().long()
     bits = torch.stack([(flat >> j & 1).to(torch.uint8) for j in range(width)], dim=-1).flatten()  # (n * width,)
     bits = F.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=-1).to(torch.uint8)
+    return (bits << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(dim=-1).to(torch.uint8)
 
 
 def unpack_bits(data: Tensor, count: int, width: int) -> Tensor:
@@ -41,11 +41,11 @@ def unpack_bits(data: Tensor, count: int, width: int) -> Tensor:
     """
     if data.numel() != packed_bytes(count, width):
         raise ValueError(f"{data.numel()} bytes for {count} indices of {width} bits")
-    bits = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten()
+    bits = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
     if bits[count * width :].any():
         raise ValueError("bits are set behind the last index")
     bits = bits[: count * width].view(count, width)
-    values = torch.zeros(count, dtype=torch.int64)
+    values = torch.zeros(count, dtype=torch.int64, device="cpu")
     for j in range(width):
         values |= bits[:, j].long() << j
     return values
@@ -94,7 +94,7 @@ def from_planes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[i
         n *= size
     if not 0 < n * width <= MOST_INFLATION * len(data):
         raise ValueError(f"{len(data)} bytes are said to hold {dtype} of shape {list(shape)}")
-    columns = torch.empty(n, width, dtype=torch.uint8)
+    columns = torch.empty(n, width, dtype=torch.uint8, device="cpu")
     start = 0
     for place in reversed(range(width)):
         length = int.from_bytes(data[start : start + 4], "little")
@@ -129,7 +129,7 @@ def _plane(stored: bytes | bytearray | memoryview, size: int) -> bytes | bytearr
 def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix's rows as int8 and a float32 scale per row (its largest magnitude / 127): tensor = int8 * scale."""
     rows = tensor.detach().float().flatten(1)  # (rows, columns)
-    scale = rows.abs().amax(dim=1) / 127 if rows.numel() else torch.zeros(len(rows))
+    scale = rows.abs().amax(dim=1) / 127 if rows.numel() else torch.zeros(len(rows), device="cpu")
     divisor = torch.where(scale > 0, scale, 1)
     whole = (rows / divisor.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
     return whole.reshape(tensor.shape), scale
@@ -162,7 +162,7 @@ def _walk(weights: Tensor | None, steps: Tensor | None, bits: int) -> tuple[Tens
     given = steps if weights is None else weights
     assert given is not None
     top, k = 2**bits - 1, given.shape[1] + 1
-    rest = torch.ones(len(given), dtype=torch.float64)
+    rest = torch.ones(len(given), dtype=torch.float64, device="cpu")
     last = rest
     codes, values = [], []
     for s in range(k - 1):

@@ -25,7 +25,7 @@ def redrawn(config: VBLoRAConfig, of_a: Tensor, seed: int, indices: Tensor, sele
     largest = drawn.topk(config.topk, dim=-1).values  # (N, k)
     smallest = largest[:, -1:] + _raised(logs, largest)  # (N, 1)
     shifted = logs - logs.min(dim=-1, keepdim=True).values + smallest
-    below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf))
+    below = torch.nextafter(2 * smallest - drawn, torch.tensor(-torch.inf, device="cpu"))
     return torch.where(drawn < smallest, drawn, below).scatter(1, indices.cpu(), shifted)
 
 

@@ -35,6 +35,7 @@ from vblora.base_weights import BaseSample, check_base, take_sample
 from vblora.files import packed, shared_bank
 from vblora.files.content import Content, check_heads
 from vblora.files.match import find_layers
+from vblora.hooks import require_plain
 from vblora.targets import find_saved, head_tensors, weight_of
 
 SUFFIX = ".safetensors"
@@ -71,7 +72,7 @@ class AdapterStore:
         strict_base: refuse, and do not only warn of, adapters made on another base (`vblora.base_weights`).
 
     Raises:
-        ValueError: the folder does not exist.
+        ValueError: the folder does not exist, or the model is in a wrapper (`vblora.hooks.require_plain`).
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class AdapterStore:
     ) -> None:
         if max_composed < 0:
             raise ValueError(f"max_composed must be at least 0, not {max_composed}")
+        require_plain(model)
         self.model = model
         self.max_composed = max_composed
         self.strict_base = strict_base
