@@ -129,6 +129,12 @@ LANGUAGES: dict[str, dict[str, Language]] = {
 
 ROWS = Rows(COMMON, MODELS, METHODS, METHODS_OF_MODELS)
 row = ROWS.row
+DECODING = ("max_new_tokens",)  # what a row says of transcribing
+
+
+def training_row(name: str) -> dict[str, Any]:
+    """The flags of one row without those of transcribing."""
+    return {flag: value for flag, value in row(name).items() if flag not in DECODING}
 
 
 if __name__ == "__main__":

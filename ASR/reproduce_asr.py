@@ -101,12 +101,6 @@ class Speech(campaign.RowCampaign):
                 raise ValueError(f"--data_dir {options.data_dir} has no {trial.folder}/{table.name}")
         super().check_places(trials, options)
 
-    def check_flags(self, command: list[str]) -> None:
-        import run_asr  # takes seconds, as transformers does
-        import train_speech
-
-        train_speech.parse(run_asr.parse(command)[2])
-
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
         job = super().job(trial, options, extra)
         job.command += ["--data_dir", str(options.data_dir / trial.folder)]

@@ -10,14 +10,11 @@ and one that was interrupted goes on. The rates for choosing learning rates are 
 
 from __future__ import annotations
 
-import argparse
-import os
+import dataclasses
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 import train_speech
 import transcribe
@@ -28,65 +25,81 @@ from speech_data import read_outputs, read_table
 from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
-from vblora_experiments import commands, runs
-from vblora_experiments.arguments import with_row
+from vblora_experiments import commands, runs, training_run
+from vblora_experiments.command_line import Settings, StartArguments
 
 PARTS = ("dev", "test")
 NORMALISERS = ("raw", "unicode", "basic")
 MAIN = "unicode"  # the rate that is shown first
 
 
+@dataclass
+class PartArguments:
+    """How the parts are transcribed, besides the search."""
+
+    decode_batch_size: int = field(default=16, metadata={"help": "recordings transcribed at a time"})
+
+
+SCRIPT = dataclasses.replace(
+    train_speech.SCRIPT,
+    name="run_asr.py",
+    kinds=(PartArguments, Decoding, *train_speech.SCRIPT.kinds),
+    row=row,
+    description=str(__doc__),
+)
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Run, and return the record."""
-    own, decoding, rest = parse(arguments)
-    speech, _, training = train_speech.parse(rest)
-    out = Path(str(training.output_dir))
-    trained = train_speech.main([*rest, "--output_dir", str(out)])
+    """Run, and return the record; with --plan show what the run resolves, and return nothing."""
+    settings = parse(arguments)
+    return {} if settings.show() else run(settings)
+
+
+def parse(arguments: list[str]) -> Settings:
+    """The settings of a command line, checked."""
+    settings = SCRIPT.read(arguments)
+    train_speech.check(settings)
+    settings.of(Decoding).check()
+    commands.check_least(settings.of(PartArguments), decode_batch_size=1)
+    return settings
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train, transcribe and score, as far as that is not done; the record."""
+    speech, decoding, out = settings.of(SpeechArguments), settings.of(Decoding), settings.output_dir
+    trained = train_speech.train(settings)
     if not trained:  # another process of this run writes
         return {}
     record = runs.finished(out, "decoding", asdict(decoding))
     if record is None:
-        began = time.monotonic()
-        for part in PARTS:
-            transcribe.main(command(out, part, speech, own, decoding))
-        seconds = round(time.monotonic() - began, 1)
+        seconds = transcribe_parts(settings)
         record = make_record(out, speech, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": own.row, "overrides": runs.overrides(arguments)}
+        record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
     runs.finish(out, record)
     print(summary(record))
     return record
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding, list[str]]:
-    """This script's own flags, those of the search, and train_speech.py's."""
-    arguments = with_row(arguments, row)
-    parser = commands.one_line_errors(HfArgumentParser(Decoding, prog="run_asr.py", allow_abbrev=False, add_help=False))  # type: ignore[arg-type]
-    parser.add_argument("--row", help="MODEL/METHOD: take the flags of this row of asr_rows.py")
-    parser.add_argument("--decode_batch_size", type=int, default=16)
-    own, rest = parser.parse_known_args(arguments)
-    decoding = Decoding(**{name: getattr(own, name) for name in Decoding.__dataclass_fields__})
-    decoding.check()
-    if own.decode_batch_size < 1:
-        raise ValueError(f"--decode_batch_size must be at least 1, not {own.decode_batch_size}")
-    return own, decoding, rest
-
-
-def command(out: Path, part: str, speech: SpeechArguments, own: argparse.Namespace, decoding: Decoding) -> list[str]:
-    """What transcribe.py is called with."""
-    flags = {
-        "split": part,
-        "data_dir": speech.data_dir,
-        "model_name_or_path": speech.model_name_or_path,
-        "batch_size": own.decode_batch_size,
-        "cache_dir": speech.cache_dir,
-        **asdict(decoding),
-    }
-    return [str(out), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+def transcribe_parts(settings: Settings) -> float:
+    """Transcribe the development and the test part; the seconds that it took."""
+    began, speech = time.monotonic(), settings.of(SpeechArguments)
+    for part in PARTS:
+        transcribe.transcribe_split(
+            transcribe.Options(
+                settings.output_dir,
+                Path(speech.data_dir),
+                settings.of(Decoding),
+                part,
+                speech.model_name_or_path,
+                settings.of(PartArguments).decode_batch_size,
+                cache_dir=Path(speech.cache_dir),
+            )
+        )
+    return round(time.monotonic() - began, 1)
 
 
 def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
     """Everything there is to know of the run; no text of anybody's."""
-    settings = trained["settings"]
     parts = {}
     for part in PARTS:
         texts = read_outputs(out / f"{part}.tsv")
@@ -96,16 +109,12 @@ def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], dec
         note = read_json(out / f"{part}.decoding.json")
         parts[part] = {"clips": len(texts), "cut": note["cut"], "left_out": note["left_out"], "rates": rates}
     return {
-        "experiment": "asr",
-        "model": settings["model_name_or_path"],
-        "method": settings["method"],
-        "language": settings["language"],
-        "seed": settings["seed"],
-        **trained,
+        **training_run.heading("asr", trained),
+        "language": trained["settings"]["language"],
         "decoding": asdict(decoding),
         **parts,
         "scores": {kind.upper(): rate["percent"] for kind, rate in parts["test"]["rates"][MAIN].items()},
-        "bytes_on_disk": sum(p.stat().st_size for p in (out / "last").glob("*.safetensors")),
+        "bytes_on_disk": training_run.bytes_on_disk(out),
     }
 
 
@@ -121,5 +130,4 @@ def summary(record: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "run_asr")

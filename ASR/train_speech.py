@@ -1,12 +1,12 @@
 """Fine-tune a Whisper on one language's recordings and transcripts, by any method.
 
-    python ASR/train_speech.py --model_name_or_path DIR --data_dir DIR --language it --max_steps 300 --recipe true
+    python ASR/train_speech.py --row tiny_en/recipe --language it --data_dir DIR --model_name_or_path DIR
     python ASR/train_speech.py --model_name_or_path openai/whisper-large-v2 --data_dir DIR --language it \
         --method lora --rank 8 --targets both --learning_rate 1e-3 --bf16 true --output_dir runs/asr/try
 
-Takes every flag of Hugging Face's TrainingArguments besides its own. --data_dir holds train.tsv and dev.tsv of FLEURS,
-of Common Voice, or with path and text (speech_data.py says more). The loss is over the text and its end alone. Rows are
-grouped by the length of their texts.
+Takes every flag of Hugging Face's TrainingArguments besides its own. Flags after --row override the row. --data_dir
+holds train.tsv and dev.tsv of FLEURS, of Common Voice, or with path and text (speech_data.py says more). The loss is
+over the text and its end alone. Rows are grouped by the length of their texts.
 
 Features are computed once and kept in --cache_dir; so are the encoder's outputs where nothing of the encoder is trained
 (--targets decoder or cross), which leaves the decoder alone to be computed in every step.
@@ -19,25 +19,25 @@ trains nothing: the model as it is.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 import speech_data
+from asr_rows import training_row
 from features import Features, encoded_of, features_of, spec_augment
 from speech_data import LONG, Set, load_split
 from speech_rows import OWN_FRAMES, SpeechBatches, SpeechRows, text_tokens
-from vblora.adapter import Adapter
-from vblora.io import read_json, write_json
+from vblora.io import write_json
 from vblora.models import TRAINING_FILE, model_name, torch_dtype
-from vblora.switch import Adapted, apply_method
+from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, records, runs
-from vblora_experiments.arguments import MethodArguments, given, split
+from vblora_experiments import commands, records, runs, training_run
+from vblora_experiments.arguments import MethodArguments, given
+from vblora_experiments.command_line import Script, Settings
 from whisper_models import (
     TARGETS,
     WINDOW,
@@ -62,7 +62,6 @@ DEFAULTS: dict[str, Any] = {
 }
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "asr"
 ZERO_SHOT = "zero_shot"
-ELSEWHERE = ("data_dir", "cache_dir", "cache_encoder")  # of no influence on the result
 
 
 @dataclass
@@ -94,18 +93,40 @@ class SpeechArguments:
     )
 
 
+def place(known: Any) -> Path:
+    """The output folder of a run, unless --output_dir gives it."""
+    model = model_name(known.model_name_or_path)
+    name = f"{model}_{known.language}_{known.targets}_{known.method}_seed{known.seed}"
+    return RUNS / name.replace("/", "_")
+
+
+SCRIPT = Script(
+    "train_speech.py",
+    (SpeechArguments, MethodArguments, TrainingArguments),
+    DEFAULTS,
+    training_row,
+    place,
+    description=str(__doc__),
+)
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
-    """Train, and return what training.json holds."""
-    speech, method, training = parse(arguments)
-    out = Path(str(training.output_dir))
-    train, dev = (read_split(speech, split) for split in ("train", "dev"))
-    train = spaced_set(train, speech.max_train_samples)
-    sounds = [speech_data.sound_prints(part.clips) for part in (train, dev)]
-    clips = [*train.clips, *dev.clips]
-    plan = make_plan(speech, method, training, speech_data.fingerprint(clips, [*sounds[0], *sounds[1]]))
-    if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
-        fit(speech, method, training, (train, dev), sounds, plan)
-    result = read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
+    """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
+    settings = SCRIPT.read(arguments)
+    check(settings)
+    return {} if settings.show() else train(settings)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Train, unless that is done; what training.json holds."""
+    speech, method, training = parts(settings)
+    out = settings.output_dir
+    rows, dev = (read_split(speech, split) for split in ("train", "dev"))
+    rows = spaced_set(rows, speech.max_train_samples)
+    sounds = [speech_data.sound_prints(part.clips) for part in (rows, dev)]
+    data = speech_data.fingerprint([*rows.clips, *dev.clips], [*sounds[0], *sounds[1]])
+    plan = runs.make_plan(speech, method, training, data)
+    result = training_run.once(out, plan, training, lambda: fit(settings, (rows, dev), sounds, plan))
     if result and result["validation_losses"]:
         print(
             f"{out}: validation loss {result['validation_losses'][-1]:.4f} after {result['steps']} steps; "
@@ -114,40 +135,28 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def parse(arguments: list[str]) -> tuple[SpeechArguments, MethodArguments, TrainingArguments]:
-    """The arguments, after this script's defaults."""
-    kinds: Any = (SpeechArguments, MethodArguments, TrainingArguments)
-    parser = commands.one_line_errors(HfArgumentParser(kinds))
-    parser.set_defaults(**DEFAULTS)
-    arguments = split(arguments)
-    known = parser.parse_args(arguments)
-    if known.output_dir is None:
-        model = model_name(known.model_name_or_path)
-        name = f"{model}_{known.language}_{known.targets}_{known.method}_seed{known.seed}"
-        arguments = [*arguments, "--output_dir", str(RUNS / name.replace("/", "_"))]
-    speech, method, training = parser.parse_args_into_dataclasses(arguments)
-    check(speech, method)
-    if training.eval_strategy == "no":
-        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
-    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
-    return speech, method, training
+def parts(settings: Settings) -> tuple[SpeechArguments, MethodArguments, TrainingArguments]:
+    return settings.of(SpeechArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
 
 
-def check(speech: SpeechArguments, method: MethodArguments) -> None:
+def check(settings: Settings) -> None:
     """Refuse what cannot be, before anything is read.
 
     Raises:
         ValueError: naming the flag.
     """
+    speech, method, training = parts(settings)
     if speech.long_clips not in LONG:
         raise ValueError(f"--long_clips must be one of {', '.join(LONG)}, not {speech.long_clips!r}")
-    if speech.max_train_samples is not None and speech.max_train_samples < 1:
-        raise ValueError(f"--max_train_samples must be at least 1, not {speech.max_train_samples}")
+    commands.check_least(speech, max_train_samples=1)
     torch_dtype(speech.dtype)
     if method.method == "full" and speech.targets != "both":
         raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
     if method.method == ZERO_SHOT and len(given(method)) > 1:
         raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
+    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
 
 
 def read_split(speech: SpeechArguments, split: str) -> Set:
@@ -166,35 +175,20 @@ def spaced_set(found: Set, count: int | None) -> Set:
     return found._replace(clips=[found.clips[n] for n in kept], seconds=[found.seconds[n] for n in kept])
 
 
-def make_plan(
-    speech: SpeechArguments, method: MethodArguments, training: TrainingArguments, data: str
-) -> dict[str, Any]:
-    """All that decides the result of a run; two runs of one plan are the same run."""
-    plan = runs.make_plan(speech, method, training, data)
-    return {name: value for name, value in plan.items() if name not in ELSEWHERE}
-
-
-def fit(
-    speech: SpeechArguments,
-    method: MethodArguments,
-    training: TrainingArguments,
-    parts: tuple[Set, Set],
-    sounds: list[list[str]],
-    plan: dict[str, Any],
-) -> None:
+def fit(settings: Settings, sets: tuple[Set, Set], sounds: list[list[str]], plan: dict[str, Any]) -> None:
     """Train and write last/ and training.json."""
+    speech, method, training = parts(settings)
     set_seed(training.seed)
     model = load_whisper(speech.model_name_or_path, speech.dtype, speech.window)
     tokenizer = load_tokenizer(speech.model_name_or_path)
     prompt = prompt_of(model, tokenizer, speech.language, speech.language_token)
-    out = Path(str(training.output_dir))
+    out = settings.output_dir
     if method.method == ZERO_SHOT:
         write_json(out / TRAINING_FILE, untrained(plan, prompt))
         return
-    rows = rows_of(model, tokenizer, prompt, speech, method.method == "full", parts, sounds)
-    adapted = apply_method(model, method.method, settings_of(method, speech))
+    rows = rows_of(model, tokenizer, prompt, speech, method.method == "full", sets, sounds)
     trainer = SpeechTrainer(
-        adapted,
+        apply_method(model, method.method, settings_of(method, speech)),
         method.rates(),
         training,
         train_dataset=rows[0],
@@ -203,10 +197,8 @@ def fit(
         processing_class=tokenizer,
     )
     trainer.spec_augment = speech.spec_augment
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or runs.last_checkpoint(out))
-    if trainer.is_world_process_zero():
-        adapted.adapter.save(str(out / "last"))
-        write_json(out / TRAINING_FILE, _result(plan, prompt, adapted, trainer, parts[0]))
+    if training_run.train(trainer, out):
+        training_run.write(out, plan, trainer, of_speech(prompt, trainer, sets[0]))
 
 
 class SpeechTrainer(AdapterTrainer):
@@ -228,14 +220,14 @@ def rows_of(
     prompt: Prompt,
     speech: SpeechArguments,
     full: bool,
-    parts: tuple[Set, Set],
+    sets: tuple[Set, Set],
     sounds: list[list[str]],
 ) -> list[SpeechRows]:
     """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs."""
     cache = Path(speech.cache_dir)
     fixed = not full and not adapts_encoder(model, speech.targets) and not speech.spec_augment
     rows = []
-    for part, prints in zip(parts, sounds, strict=True):
+    for part, prints in zip(sets, sounds, strict=True):
         texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions)
         heard: Any = features(model, part, prints, speech.window, cache)
         if fixed and speech.cache_encoder:
@@ -270,30 +262,18 @@ def untrained(plan: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def _result(
-    plan: dict[str, Any], prompt: Prompt, adapted: Adapted, trainer: AdapterTrainer, train: Set
-) -> dict[str, Any]:
-    adapter, seconds = adapted.adapter, trainer.train_seconds
+def of_speech(prompt: Prompt, trainer: AdapterTrainer, train: Set) -> dict[str, Any]:
+    """What training.json has of a training on speech."""
     curve = [{"step": e["step"], "loss": e["eval_loss"]} for e in trainer.state.log_history if "eval_loss" in e]
     return {
-        "settings": plan,
-        "adapter_settings": adapter.config.to_dict() if isinstance(adapter, Adapter) else None,
-        **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "prompt": prompt.to_dict(),
-        "epochs": trainer.state.epoch or 0,
         "train_rows": len(train.clips),
         "train_minutes": round(sum(train.seconds) / 60, 2),
         "left_out": len(train.left_out),
         "validation_losses": [point["loss"] for point in curve],
         "curve": curve,
-        "stored_parameters": adapter.stored_parameters()._asdict(),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(seconds, 3),
-        "peak_memory_mib": records.peak_memory_mib(),
-        **records.environment(),
     }
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "train_speech")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -40,14 +39,50 @@ class Decoding:
 
     def check(self) -> None:
         """Raise ValueError for a setting that cannot be."""
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}")
+        commands.check_least(self, beam=1, max_new_tokens=1)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is transcribed, and how.
+
+    Attributes:
+        run: the output folder of train_speech.py.
+        data_dir: the folder with the split's table.
+        decoding: how texts are decoded.
+        split: of the data.
+        model_name_or_path: the base model; as in training where None.
+        batch_size: recordings at a time.
+        merge: add the adapter to the weights first.
+        cache_dir: where features are kept.
+    """
+
+    run: Path
+    data_dir: Path
+    decoding: Decoding
+    split: str = "test"
+    model_name_or_path: str | None = None
+    batch_size: int = 16
+    merge: bool = False
+    cache_dir: Path = RUNS / "cache"
 
 
 def main(arguments: list[str]) -> Path:
     """Transcribe, and return the file of texts."""
-    options, decoding = parse(arguments)
+    return transcribe_split(parse(arguments))
+
+
+def transcribe_split(options: Options) -> Path:
+    """Transcribe a split, unless that is done; the file of texts.
+
+    Raises:
+        ValueError: the folder is no run, or has texts of other settings.
+    """
+    commands.check_least(options, batch_size=1)
+    decoding = options.decoding
+    decoding.check()
+    if not (options.run / PLAN_FILE).exists():
+        raise ValueError(f"{options.run} holds no run of train_speech.py")
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
     plan = tuned.plan
     if plan is None or "language" not in plan:
@@ -65,7 +100,7 @@ def main(arguments: list[str]) -> Path:
     done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings)
     missing = [number for number in range(len(part.clips)) if number not in done.texts]
     if missing:
-        decode(load(tuned, options.merge), tuned, part, sounds, missing, options, decoding, done)
+        decode(load(tuned, options.merge), tuned, part, sounds, missing, options, done)
     texts = [json.loads(done.texts[number]) for number in range(len(part.clips))]
     with replacing(target) as temporary:
         rows = "".join(f"{clip.name}\t{text['text']}\n" for clip, text in zip(part.clips, texts, strict=True))
@@ -77,7 +112,7 @@ def main(arguments: list[str]) -> Path:
     return target
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
+def parse(arguments: list[str]) -> Options:
     parser = HfArgumentParser(
         Decoding,  # type: ignore[arg-type]
         prog="transcribe.py",
@@ -91,14 +126,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, Decoding]:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--merge", action="store_true", help="add the adapter to the weights first")
     parser.add_argument("--cache_dir", type=Path, default=RUNS / "cache", help="where features are kept")
-    options = parser.parse_args(arguments)
-    decoding = Decoding(**{name: getattr(options, name) for name in Decoding.__dataclass_fields__})
-    decoding.check()
-    if options.batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, not {options.batch_size}")
-    if not (options.run / PLAN_FILE).exists():
-        raise ValueError(f"{options.run} holds no run of train_speech.py")
-    return options, decoding
+    known = vars(parser.parse_args(arguments))
+    return Options(decoding=Decoding(**{name: known.pop(name) for name in Decoding.__dataclass_fields__}), **known)
 
 
 def load(tuned: Tuned, merge: bool = False) -> Any:
@@ -119,8 +148,7 @@ def decode(
     part: Set,
     sounds: list[str],
     missing: list[int],
-    options: argparse.Namespace,
-    decoding: Decoding,
+    options: Options,
     done: Progress,
 ) -> None:
     """Transcribe what is missing, longest recordings first, and say how far it is."""
@@ -133,7 +161,7 @@ def decode(
     began = time.monotonic()
     for at in range(0, len(order), options.batch_size):
         numbers = order[at : at + options.batch_size]
-        found = texts_of(whisper, tokenizer, batch_of(heard, numbers), prompt, decoding)
+        found = texts_of(whisper, tokenizer, batch_of(heard, numbers), prompt, options.decoding)
         entries = [json.dumps({"text": text, "ended": ended}) for text, ended in found]
         done.add(dict(zip(numbers, entries, strict=True)))
         decoded = at + len(numbers)
@@ -190,5 +218,4 @@ def whisper_of(model: Any) -> Any:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     commands.run(main, "transcribe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -24,6 +23,8 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
+
+WITHOUT_SETTINGS = ("full", "zero_shot")  # all of the model is trained, or nothing
 
 
 def _flag(help_text: str) -> Any:
@@ -113,7 +114,7 @@ class MethodArguments:
         for name, rate in self.rates().items():
             if rate is not None:
                 found[f"learning_rate_{name.removeprefix('lr_')}"] = (rate, "default, the paper's")
-        if self.recipe or self.method == "full" or self.method.endswith(".json"):
+        if self.recipe or self.method in WITHOUT_SETTINGS or self.method.endswith(".json"):
             return found
         settings = parse_settings(self.method_settings) if self.method_settings is not None else {}
         kind: Any = OWN_METHODS.get(self.method) or peft_config_class(self.method)
@@ -136,13 +137,3 @@ def given(arguments: Any) -> dict[str, Any]:
 def split(arguments: list[str]) -> list[str]:
     """The arguments with "--flag=value" in two."""
     return [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
-
-
-def with_row(arguments: list[str], row: Callable[[str], Mapping[str, Any]]) -> list[str]:
-    """The flags of the row that --row names, if any, in front of all others, so that those override them."""
-    arguments = split(arguments)
-    if "--row" not in arguments:
-        return arguments
-    at = arguments.index("--row")
-    flags = row(arguments[at + 1] if at + 1 < len(arguments) else "")
-    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))] + arguments

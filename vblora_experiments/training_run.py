@@ -1,4 +1,4 @@
-"""What the trainings of causal language models share: going on, saving, and the result that they write."""
+"""What the trainings of the task folders share: going on, saving, and the result that they write."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def of_adapter(trainer: AdapterTrainer) -> dict[str, Any]:
 
 
 def heading(experiment: str, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What the record of a language model's run begins with: what it is of, and all of training.json."""
+    """What the record of a run begins with: what it is of, and all of training.json."""
     settings = trained["settings"]
     names = {"model": settings["model_name_or_path"], "method": settings["method"], "seed": settings["seed"]}
     return {"experiment": experiment, **names, **trained}

@@ -18,8 +18,9 @@ import run_asr
 import train_speech
 from asr_rows import LANGUAGES, METHODS, MODELS, row
 from reproduce_asr import Speech, Trial
+from transcribe import Decoding
 from vblora.io import read_json
-from vblora_experiments import campaign, schedule
+from vblora_experiments import campaign, runs, schedule
 
 FOLDER = Path(asr_rows.__file__).parent
 TABLE = Speech()
@@ -56,11 +57,49 @@ def test_every_row_is_taken_by_the_run():
         for method in METHODS:
             arguments = ["--row", f"{model}/{method}", "--data_dir", "x", "--language", "it", "--use_cpu", "true"]
             arguments += ["--bf16", "false"]
-            _, decoding, rest = run_asr.parse(arguments)
-            speech, chosen, training = train_speech.parse(rest)
+            settings = run_asr.parse(arguments)
+            speech, chosen, training = train_speech.parts(settings)
+            decoding = settings.of(Decoding)
             assert chosen.method == row(f"{model}/{method}")["method"] and speech.language == "it"
             assert training.max_steps > 0 or training.num_train_epochs == 3
             assert decoding.max_new_tokens == row(f"{model}/{method}")["max_new_tokens"]
+
+
+@pytest.mark.parametrize("file", sorted((FOLDER.parent / "results" / "asr").glob("*.json")), ids=lambda f: f.stem)
+def test_a_kept_records_run_is_the_same_run_today(file):
+    """The plan of the same row, seed and flags; where the model lies, and its fingerprint, are not known here."""
+    kept = read_json(file)
+    flags = [word for name, value in kept["overrides"].items() for word in (f"--{name}", value)]
+    settings = run_asr.parse(["--row", kept["row"], "--seed", str(kept["seed"]), "--data_dir", "x", *flags])
+    plan = runs.make_plan(*train_speech.parts(settings), kept["settings"]["data_fingerprint"])
+    assert runs.differences(kept["settings"], plan) == ["model_fingerprint"]
+    assert kept["settings"].keys() - plan.keys() == {"model_fingerprint"}
+    assert settings.of(Decoding) == Decoding(**kept["decoding"]) and settings.overrides == kept["overrides"]
+
+
+def test_a_run_shows_what_it_resolves_and_where_each_value_comes_from(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("row: base/recipe\nlanguage: ru\nmax_new_tokens: 90\nbf16: true\n")
+    places = ["--config", str(tmp_path / "run.yaml"), "--data_dir", "nowhere", "--output_dir", str(tmp_path / "out")]
+    assert run_asr.main([*places, "--window", "10", "--plan"]) == {}
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    source = f"config {tmp_path / 'run.yaml'}"
+    expected = {
+        "max_new_tokens": ["90", source],
+        "bf16": ["true", source],
+        "window": ["10", "flag"],
+        "targets": ["decoder", "row base/recipe"],
+        "beam": ["1", "default"],
+        "long_clips": ["leave_out", "row base/recipe"],
+        "save_strategy": ["epoch", "default of run_asr.py"],
+    }
+    assert {name: shown[name].split(maxsplit=1) for name in expected} == expected
+    assert not (tmp_path / "out").exists()
+    run_asr.main(["--row", "base/zero_shot", "--language", "it", "--data_dir", "nowhere", "--plan"])
+    train_speech.main(["--row", "tiny_en/lora", "--language", "it", "--data_dir", "nowhere", "--plan"])
+    assert "max_new_tokens" not in capsys.readouterr().out.partition("train_speech.py")[2]
+    (tmp_path / "run.yaml").write_text("languages: it\n")
+    with pytest.raises(ValueError, match="unknown key 'languages'; near it: language"):
+        run_asr.main(places)
 
 
 def test_every_script_names_its_row():
