@@ -26,7 +26,6 @@ from vblora.targets import (
     find_saved,
     find_targets,
     head_tensors,
-    is_conv1d,
     layer_shapes,
     output_slice,
     weight_part,
@@ -314,23 +313,12 @@ class Adapter(ForwardPath):
         Raises:
             ValueError: no such form, the adapter is attached to no model, or a layer was replaced since.
         """
-        from vblora.base_weights import take_sample
-        from vblora.files.content import Content
+        from vblora.files.content import content_of
 
         if form not in FORMS:
             raise ValueError(f"form is one of {', '.join(FORMS)}, not {form!r}")
         self.require_layers()
-        model, _ = self.home
-        return Content(
-            self.config.kept(form),
-            list(self.shapes),
-            {name: t.detach().cpu() for name, t in self.tensors(form).items()},
-            {name: t.detach().cpu() for name, t in head_tensors(self.saved).items()},
-            getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-            self.init_seed,
-            any(is_conv1d(module) for module in self.targets.values()),
-            base_sample=take_sample(model, self.targets, self.shapes, self.outputs),
-        )
+        return content_of(self, form)
 
     def save(self, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:
         """Write the adapter, with its `modules_to_save`, into a directory.

@@ -6,7 +6,6 @@ Field names and meanings are PEFT's, so that a configuration file written there 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, NamedTuple
@@ -134,10 +133,9 @@ class AdapterConfig:
             if not isinstance(value, str) and not _is_list(value, str):
                 raise ValueError(f"{name} must be a list of names or a regular expression, not {value!r}")
             for pattern in [value] if isinstance(value, str) else value if name == "layers_pattern" else []:
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name} {pattern!r} is no regular expression: {error}") from error
+                from vblora.patterns import compiled  # few settings have one
+
+                compiled(pattern, name)
 
     def _require_parts(self) -> None:
         """Refuse split_modules that are no names with at least two names of parts each."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -201,7 +200,7 @@ def layer_shapes(targets: Mapping[str, nn.Module], config: AdapterConfig) -> lis
 def is_target(config: AdapterConfig, name: str) -> bool:
     wanted = config.target_modules
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return _matches(wanted, name)
     assert wanted is not None
     if name in wanted:
         return True
@@ -211,21 +210,27 @@ def is_target(config: AdapterConfig, name: str) -> bool:
 def _is_excluded(config: AdapterConfig, name: str) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
-        return re.fullmatch(excluded, name) is not None
+        return _matches(excluded, name)
     return any(name == e or name.endswith(f".{e}") for e in excluded or [])
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
     """Whether the layer's number is among `layers_to_transform`: the first number after the pattern counts."""
-    wanted = config.layers_to_transform
+    wanted, patterns, parts = config.layers_to_transform, config.layers_pattern or ["[^.]*"], name.split(".")
     if wanted is None:
         return True
-    patterns = config.layers_pattern or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for pattern in patterns:
-        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
-            return int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    numbers = [at for at, part in enumerate(parts[:-1]) if at and part.isdecimal()]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for at in numbers:
+            if _matches(rf"(?:.*\.)?(?:{pattern})", ".".join(parts[:at])):
+                return int(parts[at]) in ([wanted] if isinstance(wanted, int) else wanted)
     return False
+
+
+def _matches(pattern: str, name: str) -> bool:
+    from vblora.patterns import matches  # few settings have one
+
+    return matches(pattern, name)
 
 
 def _output_layers(model: nn.Module) -> set[str]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vblora.base_weights import BaseSample
+from vblora.base_weights import BaseSample, take_sample
 from vblora.config import AdapterConfig, TensorSpec
 from vblora.files import layer_names
 from vblora.files.layer_names import WIDEST
 from vblora.io import describe_dtype
 from vblora.shapes import LayerShape
-from vblora.targets import split_key
+from vblora.targets import head_tensors, is_conv1d, split_key
 
 MOST_FACTOR_BYTES = 16 * 2**30
 
@@ -72,6 +72,21 @@ class Content:
             raise ValueError(f"the factors take {self.factor_bytes:,} bytes, more than the {most_bytes:,} allowed")
         pairs = self.config.factors(self.shapes, self.tensors)
         return {shape.name: (a, b.T) for shape, (a, b) in zip(self.shapes, pairs, strict=True)}
+
+
+def content_of(adapter: Any, form: str) -> Content:
+    """What a file of this form holds of an adapter that is attached."""
+    model, _ = adapter.home
+    return Content(
+        adapter.config.kept(form),
+        list(adapter.shapes),
+        {name: tensor.detach().cpu() for name, tensor in adapter.tensors(form).items()},
+        {name: tensor.detach().cpu() for name, tensor in head_tensors(adapter.saved).items()},
+        getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        adapter.init_seed,
+        any(is_conv1d(module) for module in adapter.targets.values()),
+        base_sample=take_sample(model, adapter.targets, adapter.shapes, adapter.outputs),
+    )
 
 
 class FileContent(NamedTuple):
