@@ -38,8 +38,8 @@ from vblora.trainer import AdapterTrainer
 from vblora_experiments import commands, records, runs, training_run
 from vblora_experiments.arguments import MethodArguments, given
 from vblora_experiments.command_line import Script, Settings
+from vblora_experiments.whisper_counts import TARGETS
 from whisper_models import (
-    TARGETS,
     WINDOW,
     Prompt,
     adapts_encoder,

@@ -15,15 +15,9 @@ from features import POSITIONS
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint
 from vblora.models import FLAG, torch_dtype
+from vblora_experiments.whisper_counts import TARGETS
 
 WINDOW = 30  # seconds that Whisper was trained to hear
-_LAYERS = r"((self_attn|encoder_attn)\.(q|k|v|out)_proj|fc1|fc2)"
-TARGETS = {
-    "decoder": rf"(.*\.)?decoder\.layers\.\d+\.{_LAYERS}",
-    "encoder": rf"(.*\.)?encoder\.layers\.\d+\.{_LAYERS}",
-    "both": rf"(.*\.)?(encoder|decoder)\.layers\.\d+\.{_LAYERS}",
-    "cross": r"(.*\.)?decoder\.layers\.\d+\.encoder_attn\.(q|k|v|out)_proj",
-}
 
 
 def load_whisper(name: str, dtype: str = "float32", window: int = WINDOW) -> Any:

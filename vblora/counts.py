@@ -25,6 +25,7 @@ __all__ = [
     "METHODS",
     "Count",
     "LayerShape",
+    "count_dora",
     "count_full",
     "count_lora",
     "count_lora_xs",
@@ -41,6 +42,12 @@ def count_lora(shapes: Sequence[LayerShape], *, r: int) -> Count:
     """LoRA (arXiv 2106.09685): A and B of every layer, sum of r (in + out)."""
     require_positive(r=r)
     return float32(sum(r * (shape.in_features + shape.out_features) for shape in shapes))
+
+
+def count_dora(shapes: Sequence[LayerShape], *, r: int) -> Count:
+    """DoRA (arXiv 2402.09353): LoRA's A and B, and the magnitude of every output, sum of r (in + out) + out."""
+    require_positive(r=r)
+    return float32(sum(r * (shape.in_features + shape.out_features) + shape.out_features for shape in shapes))
 
 
 def count_vera(shapes: Sequence[LayerShape], *, r: int) -> Count:
@@ -89,6 +96,7 @@ def count_full(model_parameters: int) -> Count:
 METHODS: dict[str, Callable[..., Count]] = {
     "vblora": count_vblora,
     "lora": count_lora,
+    "dora": count_dora,
     "vera": count_vera,
     "tied_lora": count_tied_lora,
     "lora_xs": count_lora_xs,

@@ -1,5 +1,7 @@
 """`vblora count`: the stored parameters of the paper's Tables 1 to 4, recomputed beside the printed ones.
 
+For a size of Whisper, which the paper has not, it prints what each method stores for its sets of layers.
+
 The `vblora` command finds this by its entry point (group vblora.commands), because the library knows no paper.
 """
 
@@ -8,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from vblora_experiments import whisper_counts
 from vblora_experiments.paper_counts import (
     METHOD_NAMES,
     MODELS,
@@ -23,6 +26,13 @@ from vblora_experiments.paper_counts import (
 )
 
 WIDTH = 130
+WHISPER = "whisper"  # all sizes
+SETTINGS = {
+    "rank": "rank r",
+    "num_vectors": "h, the vectors in VB-LoRA's bank",
+    "vector_length": "b, the length of a sub-vector",
+    "topk": "k, the vectors mixed into a sub-vector",
+}
 
 
 def add_to(commands: Any) -> None:
@@ -31,11 +41,16 @@ def add_to(commands: Any) -> None:
         "count",
         help="stored parameters of the paper's Tables 1 to 4, recomputed",
         description="The stored parameters of every row of the paper's Tables 1 to 4, computed from the "
-        "layer shapes, beside the printed figure and the rule that reproduces it.",
+        "layer shapes, beside the printed figure and the rule that reproduces it. For a size of Whisper (--model "
+        "whisper-large-v2, or whisper for all of them): what each method stores, by the layers it adapts.",
     )
     count.add_argument("--table", type=_table, metavar="N", help=_one_of(TABLE_TITLES))
-    count.add_argument("--model", type=_model, metavar="NAME", help=_one_of(MODELS))
+    count.add_argument("--model", type=_model, metavar="NAME", help=_one_of(_models()))
     count.add_argument("--method", type=_method, metavar="NAME", help=_one_of(METHOD_NAMES.values()))
+    for_whisper = count.add_argument_group("for Whisper")
+    for_whisper.add_argument("--targets", type=_targets, metavar="NAME", help=_one_of(whisper_counts.TARGETS))
+    for name, what in SETTINGS.items():
+        for_whisper.add_argument(f"--{name}", type=int, metavar="N", help=what)
     count.add_argument("--json", action="store_true", help="print JSON, with the notes and the true bytes")
     count.set_defaults(run=_count)
 
@@ -49,7 +64,15 @@ def _table(text: str) -> int:
 
 
 def _model(text: str) -> str:
-    return _known("model", text, {name: name for name in MODELS})
+    return _known("model", text.removeprefix("openai/"), {name: name for name in _models()})
+
+
+def _models() -> list[str]:
+    return [*MODELS, WHISPER, *whisper_counts.SIZES]
+
+
+def _targets(text: str) -> str:
+    return _known("targets", text, {name: name for name in whisper_counts.TARGETS})
 
 
 def _method(text: str) -> str:
@@ -70,6 +93,11 @@ def _known(what: str, text: str, choices: dict[str, Any]) -> Any:
 
 
 def _count(arguments: argparse.Namespace) -> str:
+    chosen = {name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None}
+    if arguments.table is None and arguments.model in (WHISPER, *whisper_counts.SIZES):
+        return _of_whisper(arguments, {{"rank": "r"}.get(name, name): value for name, value in chosen.items()})
+    if flags := [*(["targets"] if arguments.targets else []), *chosen]:
+        raise ValueError(f"--{flags[0]} is for Whisper alone: --model whisper, or one of its sizes, and no --table")
     rows = select_rows(arguments.table, arguments.model, arguments.method)
     if not rows:
         wanted = {
@@ -85,6 +113,29 @@ def _count(arguments: argparse.Namespace) -> str:
     return _as_text(comparisons)
 
 
+def _of_whisper(arguments: argparse.Namespace, chosen: dict[str, int]) -> str:
+    models = list(whisper_counts.SIZES) if arguments.model == WHISPER else [arguments.model]
+    targets = [arguments.targets] if arguments.targets else list(whisper_counts.TARGETS)
+    methods = [arguments.method] if arguments.method else ["full", *whisper_counts.SETTINGS]
+    found = whisper_counts.stored(models, targets, methods, chosen)
+    if arguments.json:
+        return json.dumps([whisper_counts.as_json(one) for one in found], indent=2)
+    headings = ("model", "method", "targets", "settings", "stored numbers", "file")
+    cells = [
+        (
+            one.model,
+            METHOD_NAMES[one.method],
+            one.targets,
+            _settings(one.settings),
+            f"{one.counts.parameters:,}",
+            _size(one.counts.bytes),
+        )
+        for one in found
+    ]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    return "\n".join([WHISPER_LEGEND, "", *(_line(headings, row, widths) for row in (headings, *cells))])
+
+
 def _as_json(comparison: Comparison) -> dict[str, Any]:
     row, counts, reproduced_by = comparison
     return {
@@ -96,7 +147,7 @@ def _as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 HEADINGS = ("method", "targets", "settings", "printed", *RULES.values(), "file", "reproduced by")
-RIGHT_ALIGNED = {"printed", "file", *RULES.values()}
+RIGHT_ALIGNED = {"printed", "file", "stored numbers", *RULES.values()}
 
 LEGEND = """\
 Stored parameters in float32 equivalents, by three rules for an index into VB-LoRA's bank:
@@ -108,15 +159,21 @@ VB-LoRA in PEFT's top-k form. "reproduced by" is the rule that gives the printed
 digits (both: either way); r rank, h bank size, b vector length."""
 
 
+WHISPER_LEGEND = """\
+Stored numbers in float32 equivalents, an index into VB-LoRA's bank as one byte; "file" is the tensors' true size
+(exact with --json), for VB-LoRA in PEFT's top-k form, for VeRA without the random matrices that can be drawn again.
+Full fine-tuning is of the whole model; r rank, h bank size, b vector length, k vectors to a sub-vector."""
+
+
 def _as_text(comparisons: Sequence[Comparison]) -> str:
     cells = [_cells(comparison) for comparison in comparisons]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *cells, strict=True)]
     lines = []
     numbered = zip(comparisons, cells, strict=True)
     for (table, model), group in groupby(numbered, key=lambda pair: (pair[0].row.table, pair[0].row.model)):
-        lines += ["", f"Table {table}, {TABLE_TITLES[table]}: {model}", _line(HEADINGS, widths)]
+        lines += ["", f"Table {table}, {TABLE_TITLES[table]}: {model}", _line(HEADINGS, HEADINGS, widths)]
         for comparison, row_cells in group:
-            lines.append(_line(row_cells, widths))
+            lines.append(_line(HEADINGS, row_cells, widths))
             lines += textwrap.wrap(comparison.row.note, WIDTH, initial_indent="  note: ", subsequent_indent="        ")
     return "\n".join([LEGEND, *lines])
 
@@ -126,17 +183,20 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
     counts = [f"{getattr(stored, rule):,}" for rule in RULES]
     if row.method != "vblora":
         counts[1:] = [""] * (len(counts) - 1)
-    short = {"r": "r", "num_vectors": "h", "vector_length": "b"}
-    settings = " ".join(f"{letter} {row.settings[name]}" for name, letter in short.items() if name in row.settings)
     return (
         METHOD_NAMES[row.method],
         row.targets,
-        settings,
+        _settings({name: value for name, value in row.settings.items() if name != "topk"}),
         row.printed,
         *counts,
         _size(stored.bytes),
         comparison.verdict,
     )
+
+
+def _settings(settings: Mapping[str, int]) -> str:
+    short = {"r": "r", "num_vectors": "h", "vector_length": "b", "topk": "k"}
+    return " ".join(f"{letter} {settings[name]}" for name, letter in short.items() if name in settings)
 
 
 def _size(size: int) -> str:
@@ -148,9 +208,9 @@ def _size(size: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+def _line(headings: Sequence[str], cells: Sequence[str], widths: Sequence[int]) -> str:
     aligned = [
         cell.rjust(width) if heading in RIGHT_ALIGNED else cell.ljust(width)
-        for heading, cell, width in zip(HEADINGS, cells, widths, strict=True)
+        for heading, cell, width in zip(headings, cells, widths, strict=True)
     ]
     return "  ".join(aligned).rstrip()

@@ -184,6 +184,7 @@ TABLE_TITLES = {
 METHOD_NAMES = {
     "full": "full",
     "lora": "LoRA",
+    "dora": "DoRA",  # in no table of the paper
     "vera": "VeRA",
     "tied_lora": "Tied-LoRA",
     "lora_xs": "LoRA-XS",
