@@ -177,7 +177,7 @@ def test_what_is_no_packed_adapter_is_refused(folder, tmp_path, monkeypatch):
     for name in ("empty", "cut", "flipped", "folder", "pipe", "xs"):
         with pytest.raises(ValueError):
             store.find(name, "some/model")
-    monkeypatch.setattr("vblora.serving.expanded.MOST_PACKED_BYTES", 1000)
+    monkeypatch.setattr("vblora.files.packed.MOST_BYTES", 1000)
     with pytest.raises(ValueError, match="more than the 1,000 allowed"):
         store.find("alice", "some/model")
     assert store.find("nobody", "some/model") is None

@@ -21,7 +21,7 @@ from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
 from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts
 from vblora.merging import SavePretrained, check_in_place, check_mergeable
-from vblora.shapes import Count, LayerShape
+from vblora.shapes import Count, LayerShape, check_rank
 from vblora.targets import (
     find_saved,
     find_targets,
@@ -173,6 +173,7 @@ class Adapter(ForwardPath):
         self.targets = dict(targets)  # a plain dict, so that the layers do not become sub-modules of the adapter
         self.outputs = {name: output_slice(name, module, config) for name, module in self.targets.items()}
         self.shapes: list[LayerShape] = layer_shapes(self.targets, config)
+        check_rank(config.r, self.shapes)
         self.saved_names: list[str] = []  # modules of `modules_to_save`
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._trainable_before: set[str] = set()  # before the first adapter of the model

@@ -94,7 +94,7 @@ def take_sample(
             return None
         kinds.add(kind)
         values.append(float(weight[row, column]))
-    data = torch.tensor(values, device="cpu").double()  # as float32 has them
+    data = torch.tensor(values, dtype=torch.float32, device="cpu").double()  # as float32 has them
     return BaseSample(tuple(sorted(kinds)), tuple(data.tolist())) if data.isfinite().all() else None
 
 

@@ -113,6 +113,17 @@ def float32(parameters: int) -> Count:
     return Count(parameters, parameters, parameters, parameters * FLOAT32_BYTES)
 
 
+def check_rank(r: int, shapes: Sequence[LayerShape]) -> None:
+    """Refuse a rank above every width: a small file, or one digit too many, could else ask for factors of any size.
+
+    Raises:
+        ValueError: naming the rank and the widest layer.
+    """
+    widest = max((max(shape.in_features, shape.out_features) for shape in shapes), default=0)
+    if r > widest:
+        raise ValueError(f"r {r} is above every width of its layers, of which the widest is {widest}")
+
+
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
 

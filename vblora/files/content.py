@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,17 +100,6 @@ class FileContent(NamedTuple):
     def form(self) -> str:
         """ "topk" or "full"."""
         return form_of(self.native)
-
-
-def check_rank(config: AdapterConfig, shapes: Sequence[LayerShape]) -> None:
-    """Refuse a rank above every width: a small file could else ask for factors of any size.
-
-    Raises:
-        ValueError: naming the rank and the widest layer.
-    """
-    widest = max((max(shape.in_features, shape.out_features) for shape in shapes), default=0)
-    if config.r > widest:
-        raise ValueError(f"r {config.r} is above every width of its layers, of which the widest is {widest}")
 
 
 def form_of(native: dict[str, Tensor]) -> str:

@@ -14,7 +14,7 @@ from vblora.files import packed, peft_format
 from vblora.files.content import Content, check_tensors, form_of
 from vblora.files.directory import FORMATS, HEAD_PREFIX, opened, seed_of, to_files, write_files
 from vblora.files.layer_names import natural_order
-from vblora.shapes import LayerShape
+from vblora.shapes import LayerShape, check_rank
 from vblora.targets import find_targets, is_conv1d, layer_shapes
 
 
@@ -99,6 +99,7 @@ def read_directory(directory: str | Path, model: nn.Module | None = None) -> Con
         tensors, settings, config = found.tensors(), found.settings, found.config
     try:
         shapes, conv1d = _layers(tensors, config, found.is_peft, settings, model)
+        check_rank(config.r, shapes)
         native, heads = found.split(tensors, shapes)
         check_tensors(native, config.spec(shapes, form_of(native)))
     except ValueError as error:

@@ -155,6 +155,9 @@ def selections(tensors: dict[str, Tensor], config: VBLoRAConfig) -> Iterator[tup
 
 
 def _selection(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Any]:
+    bank = tensors.get(BANK, tensors.get("vector_bank"))
+    if bank is None or tuple(bank.shape) != (config.num_vectors, config.vector_length):
+        raise ValueError(f"the file has no vector bank of {config.num_vectors} times {config.vector_length} numbers")
     total = torch.zeros(config.num_vectors, dtype=torch.float64, device="cpu")  # the weight each vector carries
     n = 0
     for indices, weights in selections(tensors, config):

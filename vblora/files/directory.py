@@ -37,7 +37,7 @@ from vblora.container import TensorFile
 from vblora.files import peft_format
 from vblora.files.content import Content, FileContent, check_floats, check_heads, check_tensors, form_of
 from vblora.io import alone_in, is_being_replaced, json_text, read_json, replacing, write_json, write_tensors
-from vblora.shapes import LayerShape
+from vblora.shapes import LayerShape, check_rank
 from vblora.targets import head_tensors
 
 CONFIG_FILE = "adapter_config.json"
@@ -177,6 +177,7 @@ class Directory:
             ValueError: as in `tensors`, or something is missing, unknown or of another shape.
         """
         try:
+            check_rank(self.config.r, shapes)
             wanted = None if saved is None else head_tensors(saved)
             if wanted is not None:
                 self._check_size(shapes, wanted)

@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vblora.base_weights import read_sample
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
 from vblora.files import shared_bank
-from vblora.files.content import Content, check_floats, check_rank, check_tensors, outputs_of
+from vblora.files.content import Content, check_floats, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, Reader
 from vblora.files.directory import HEAD_PREFIX
 from vblora.files.encoding import bits_for, pack_bits, to_int8, to_planes, to_steps
 from vblora.files.layer_names import compact, expand, fingerprint
 from vblora.io import replacing
-from vblora.shapes import LayerShape
+from vblora.shapes import LayerShape, check_rank
 
 VERSION = 1
+MOST_BYTES = 2**30  # of a file from anybody, beside what heads may take
 HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = ("lossless", *FLOAT_TYPES, "int8")
@@ -68,7 +69,7 @@ def write(
         ValueError: a setting that does not exist, or that cannot hold this adapter. Nothing is written then.
     """
     path, content = Path(path), _content_of(content)
-    check_rank(content.config, content.shapes)
+    check_rank(content.config.r, content.shapes)
     data = dumps(content, bank=bank, weights=weights, heads=heads)
     if bank == SHARED:
         shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
@@ -77,11 +78,11 @@ def write(
     return len(data)
 
 
-def read(path: str | Path) -> Content:
-    """The adapter in a packed file, all of it checked.
+def read(path: str | Path, most_bytes: int | None = None) -> Content:
+    """The adapter in a packed file, all of it checked. Of a file of more than `most_bytes` only the header is read.
 
     Raises:
-        ValueError: no such file, or it is damaged or no packed adapter; the message says what is wrong.
+        ValueError: no such file, or it is damaged, too large or no packed adapter; the message says what is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -89,9 +90,21 @@ def read(path: str | Path) -> Content:
     try:
         with opened(path) as file:
             _require_packed(file.metadata)  # before a base model's gigabytes are read
+            check_size(file.size, most_bytes)
             return _read(file.raws(), file.metadata, file.size, lambda key: shared_bank.read_beside(path.parent, key))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} is no whole packed adapter: {error}") from error
+
+
+def read_for(model: nn.Module, path: str | Path) -> Content:
+    """As `read`, if the file is not larger than any adapter for this model, which may hold all of it as heads."""
+    return read(path, MOST_BYTES + 8 * sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_size(size: int, most_bytes: int | None) -> None:
+    """Refuse a file before it is read into memory."""
+    if most_bytes is not None and size > most_bytes:
+        raise ValueError(f"it has {size:,} bytes, more than the {most_bytes:,} allowed")
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------
@@ -245,7 +258,7 @@ def _read(
     stored_bytes = sum(len(raw.data) for raw in raws.values())
     shapes = expand(header["layers"], 8 * stored_bytes, 16 * size + 2**16)
     config = _read_config(header, _names(shapes))
-    check_rank(config, shapes)
+    check_rank(config.r, shapes)
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
         raise ValueError("the fingerprint is not that of the layers")
     reader = Reader(raws, header["codes"], bank_of)

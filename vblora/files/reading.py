@@ -39,7 +39,7 @@ def read_for(model: nn.Module, path: Path, strict_base: bool = False) -> Found:
 
 
 def _read_packed_for(model: nn.Module, path: Path) -> Found:
-    content = packed.read(path)
+    content = packed.read_for(model, path)
     saved = find_saved(model, content.config)
     targets = match.find_layers(model, content, path)
     read = _read_packed(content, path, layer_shapes(targets, content.config), saved)
@@ -60,7 +60,7 @@ def read_values(
     """
     shapes = layer_shapes(targets, config)
     if path.is_file():
-        content = packed.read(path)
+        content = packed.read_for(model, path)
         _require_settings(config, set(targets), content.config, {shape.name for shape in content.shapes}, path)
         read = _read_packed(content, path, shapes, saved)
     else:

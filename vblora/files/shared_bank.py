@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vblora.io import read_tensors, write_tensors
+from vblora.container import opened
+from vblora.io import write_tensors
 
 SUFFIX = ".bank.safetensors"
+MOST_BYTES = 2**30  # of its file, which may be anybody's
 
 
 # --- Packed adapters whose bank is in a file of its own --------------------------------------------------------------
@@ -54,8 +56,10 @@ def read_beside(folder: Path, key: str) -> Tensor:
         ValueError: no such file, or it holds another bank.
     """
     path = folder / file_of(key)
-    tensors, _ = read_tensors(path)
-    return checked(tensors, key, str(path))
+    with opened(path) as file:
+        if file.size > MOST_BYTES:
+            raise ValueError(f"{path} has {file.size:,} bytes, more than the {MOST_BYTES:,} allowed for a bank")
+        return checked(file.tensors(), key, str(path))
 
 
 def checked(tensors: dict[str, Tensor], key: str, name: str) -> Tensor:

@@ -31,7 +31,6 @@ from vblora.files.lora import export
 # NAME.vblora.safetensors comes before NAME.safetensors.
 SUFFIXES = (".vblora.safetensors", ".safetensors")
 NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-MOST_PACKED_BYTES = 2**30
 ENTRY = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{32}")  # a directory of the cache; nothing else in it is touched
 REMAINS = re.compile(rf"\.{ENTRY.pattern}(\..*)?")  # one that was being written or removed
 LAYOUT = b"vblora lora 1\n"  # changes when the same file would be expanded into something else
@@ -160,13 +159,13 @@ class PackedFolder:
             raise ValueError(f"{file} is a link out of the folder")
         if not found.is_file():  # a pipe, read, would never end
             raise ValueError(f"{file} is no file")
-        _check_size(file, found.stat().st_size)
+        packed.check_size(found.stat().st_size, packed.MOST_BYTES)
         return found.read_bytes()
 
     def _read_remote(self, file: str) -> bytes | None:
         path = f"{self._root.rstrip('/')}/{file}"
         try:
-            _check_size(file, self._system.size(path) or 0)
+            packed.check_size(self._system.size(path) or 0, packed.MOST_BYTES)
             return self._system.cat_file(path)
         except FileNotFoundError:
             return None
@@ -183,11 +182,6 @@ def _file_system(url: str) -> tuple[Any, str]:
     except (ValueError, ImportError) as error:
         raise ValueError(f"{url}: {error}") from error
     return (None if "file" in system.protocol else system), root
-
-
-def _check_size(file: str, size: int) -> None:
-    if size > MOST_PACKED_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, more than the {MOST_PACKED_BYTES:,} allowed")
 
 
 # --- Where they are expanded ---------------------------------------------------------------------------------------

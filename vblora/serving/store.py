@@ -217,7 +217,7 @@ class AdapterStore:
                 adapter = packed.loads(source, self._bank_of)
             else:
                 self._require_inside(source)
-                adapter = packed.read(source)
+                adapter = packed.read_for(self.model, source)
             places, heads = self._places(adapter), self._heads(adapter)
             factors = adapter.factors()
         except ValueError as error:
