@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
 from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts
-from vblora.merging import SavePretrained, check_in_place, check_mergeable
+from vblora.merging import check_in_place, check_mergeable, stand_aside, stand_in
 from vblora.shapes import Count, LayerShape, check_rank
 from vblora.targets import (
     find_saved,
@@ -216,7 +216,7 @@ class Adapter(ForwardPath):
         return self.home[1]
 
     def layer_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """A (r, in) and B (out, r) of each layer by name, in the adapter's own precision, without gradient."""
+        """A (r, in) and B (out, r) of each layer by name, in float32 or what is wider, without gradient."""
         with torch.no_grad():
             pairs = self.factors(self.current().tensors)
         return {shape.name: (a, b.T) for shape, (a, b) in zip(self.shapes, pairs, strict=True)}
@@ -297,7 +297,7 @@ class Adapter(ForwardPath):
         delattr(model, name)
         others = self._others()
         if not others:
-            model.__dict__.pop("save_pretrained", None)
+            stand_aside(model)
         kept = _parameter_ids(*others, *(module for other in others for module in other.saved.values()))
         for parameter_name, parameter in model.named_parameters():
             if parameter.is_floating_point() and id(parameter) not in kept:
@@ -382,8 +382,7 @@ class Adapter(ForwardPath):
         model.add_module(name, self)
         layers = [(self.targets[self.shapes[group[0]].name], group) for group in self._indices_by_layer()]
         self._handles += install_hooks(self, model, layers, saved)
-        if hasattr(type(model), "save_pretrained"):
-            model.__dict__.setdefault("save_pretrained", SavePretrained(model))
+        stand_in(model)
 
     def _indices_by_layer(self) -> list[list[int]]:
         """The numbers of the targets that are in one layer, layer by layer: one, or the parts of a split one."""

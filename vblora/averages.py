@@ -40,7 +40,7 @@ class AveragedModel(swa_utils.AveragedModel):
         super().update_parameters(model)
         for (own, new), mean in zip(pairs, means, strict=True):
             current = copy.deepcopy(new.logit_table()).to(own.vector_bank.device)
-            current.put(new.topk_logits.to(current.values))
+            current.put(new.topk_logits.to(current.values.device))
             if begun:
                 assert mean is not None
                 current = self._mean(mean, current, number)

@@ -33,9 +33,12 @@ def select(logits: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def compose(bank: Tensor, indices: Tensor, selected: Tensor) -> Tensor:
     """All sub-vectors in one weighted embedding bag: (h, b), (N, k), (N, k) -> (N, b).
 
-    `indices` and `selected` are what `select` gives. Differentiable in `bank` and in `selected`, twice too.
+    `indices` and `selected` are what `select` gives. Differentiable in `bank` and in `selected`, twice too. What is
+    given in 16 bits is composed in float32, which is also the result's type: on CUDA some releases of PyTorch have no
+    backward of a weighted embedding bag in 16 bits (its issues 185808 and 185889).
     """
-    weights = selected.softmax(dim=-1)  # (N, k)
+    wide = torch.promote_types(bank.dtype, torch.float32)
+    bank, weights = bank.to(wide), selected.to(wide).softmax(dim=-1)  # (h, b), (N, k)
     if is_traced() and not torch.compiler.is_compiling():
         return _mixtures(bank, indices, weights)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

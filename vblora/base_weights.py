@@ -8,6 +8,7 @@ compared when it is loaded. A sample costs 32 numbers read; a quantised layer is
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import re
 import struct
@@ -161,6 +162,9 @@ def _dequantized(module: nn.Module) -> Tensor:
 
     weight: Any = weight_of(module)
     if type(weight).__name__ == "Params4bit":
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        data, how = weight.data, weight.quant_state
+        if getattr(how, "packing_format_for_cpu", False):  # what it makes of them for a CPU's evaluation
+            data, how = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(how))
+        return functional.dequantize_4bit(data, how)
     state: Any = module.state  # holds the scales after the first forward pass, the weight before it
     return functional.int8_vectorwise_dequant(weight.data, weight.SCB if state.SCB is None else state.SCB)

@@ -188,7 +188,15 @@ class LogitTable(nn.Module):
 
     def put(self, selected: Tensor) -> None:
         """Set the selected slots' logits (N, k)."""
-        self.values.scatter_(1, self.slots, selected)
+        self.values.scatter_(1, self.slots, self.precise(selected))
+
+    def precise(self, selected: Tensor) -> Tensor:
+        """The selected logits (N, k) in the table's precision. Where they are kept in less (TRL casts all that trains
+        to bfloat16), those that are the table's own rounded are the table's own."""
+        if selected.dtype == self.values.dtype:
+            return selected
+        own = self.values.gather(1, self.slots)
+        return torch.where(own.to(selected.dtype) == selected, own, selected.to(own.dtype))
 
     def shrink(self, factor: float) -> None:
         """Multiply all entries by weight decay's factor."""

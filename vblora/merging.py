@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,26 @@ def _is_or_wraps(found: nn.Module | None, module: nn.Module) -> bool:
     return found is module or (found is not None and any(inner is module for inner in found.modules()))
 
 
+MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter: without it none in 4 bits is trained
+
+
+def stand_in(model: Any) -> None:
+    """What a model of transformers needs to know while adapters are attached: how it is saved, and that it has any."""
+    if not hasattr(type(model), "save_pretrained") or "save_pretrained" in vars(model):
+        return
+    mark = bool(getattr(model, "is_quantized", False)) and not getattr(model, MARK, False)
+    model.save_pretrained = SavePretrained(model, mark)
+    if mark:
+        setattr(model, MARK, True)
+
+
+def stand_aside(model: Any) -> None:
+    """Take `stand_in` back."""
+    own = vars(model).pop("save_pretrained", None)
+    if isinstance(own, SavePretrained) and own.mark:
+        delattr(model, MARK)
+
+
 class SavePretrained:
     """`model.save_pretrained` while adapters are attached: what it writes is the model as it was trained.
 
@@ -73,8 +94,9 @@ class SavePretrained:
     itself stays as it is. A trainer that passes a state of its own, to resume from, gets what transformers writes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, mark: bool) -> None:
         self.model = model
+        self.mark = mark
         self._warned = False
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +111,19 @@ class SavePretrained:
                 "takes the base model alone. adapter.save(DIRECTORY) writes the adapter",
                 stacklevel=3,
             )
-        return save(model, save_directory, *args, **kwargs)
+        with self._unmarked():  # transformers would look for PEFT's adapters
+            return save(model, save_directory, *args, **kwargs)
+
+    @contextmanager
+    def _unmarked(self) -> Iterator[None]:
+        if not self.mark:
+            yield
+            return
+        setattr(self.model, MARK, False)
+        try:
+            yield
+        finally:
+            setattr(self.model, MARK, True)
 
 
 @torch.no_grad()

@@ -92,10 +92,10 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _step_logits(self, group: dict[str, Any], parameter: nn.Parameter, adapter: VBLoRA) -> None:
-        gradient = parameter.grad  # (N, k)
-        assert gradient is not None
+        assert parameter.grad is not None
         adapter.make_room()
         table = adapter.logit_table()
+        gradient = parameter.grad.to(table.values.dtype)  # (N, k)
         state = self._logits_state(parameter, table)
         slots = table.slots  # (N, k)
         state["step"] += 1
@@ -138,20 +138,24 @@ class AdamW(torch.optim.AdamW):
         """
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
-        indices = {}
+        of_logits = {}
         for i, parameter in zip(saved, own, strict=False):  # PyTorch refuses other numbers of parameters
             moments = state_dict["state"].get(i)
             if not moments or owner_of(parameter) is None:
                 continue
-            indices[parameter] = moments.get("indices")
-            if indices[parameter] is None or len(indices[parameter]) != len(parameter):
+            of_logits[parameter] = moments
+            if moments.get("indices") is None or len(moments["indices"]) != len(parameter):
                 raise ValueError(
                     f"the optimiser's state has no moments for the {len(parameter)} sub-vectors of the adapter: it is "
                     "of another model, or of a version that kept all h of each; begin with a new optimiser"
                 )
         super().load_state_dict(state_dict)
-        for parameter, whole_numbers in indices.items():  # which PyTorch has turned into the parameter's type
-            self.state[parameter]["indices"] = whole_numbers.to(parameter.device, copy=True)
+        for parameter, moments in of_logits.items():  # which PyTorch has turned into the parameter's type
+            own = owner_of(parameter).logit_table().values
+            for name, numbers in moments.items():
+                if name != "step":
+                    kind = own.dtype if numbers.is_floating_point() else numbers.dtype
+                    self.state[parameter][name] = numbers.to(own.device, kind, copy=True)
 
 
 def _torch_step() -> Callable[..., Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from vblora.optim import AdamW
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.switch import Adapted, AnyAdapter
 
-MARK = "_hf_peft_config_loaded"  # transformers' sign of a model with an adapter
 # AdamW by bitsandbytes, for methods without selected logits: in pages that leave the GPU when it is full, or in 8 bits.
 OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 
@@ -56,8 +54,7 @@ class AdapterTrainer(Trainer):
             # VB-LoRA's follow from the seed and from what is trained, which are the same everywhere. Sending them in
             # every step would cost more than the gradients.
             args.ddp_broadcast_buffers = False
-        with _as_adapted(adapted):
-            super().__init__(model=adapted.model, args=args, **others)
+        super().__init__(model=adapted.model, args=args, **others)
         self.adapter = adapted.adapter
         # Trainer takes every model whose forward has **kwargs as one that divides its loss by the items of the whole
         # batch. Of ours the causal ones do, and label smoothing does; a classifier gives the mean of the rows it sees.
@@ -207,20 +204,6 @@ def _is_causal(model: nn.Module) -> bool:
 
 def _lengths(dataset: Any) -> list[int]:
     return [len(ids) for ids in dataset["input_ids"]]
-
-
-@contextlib.contextmanager
-def _as_adapted(adapted: Adapted) -> Iterator[None]:
-    """Let Trainer's check see that a quantised model has an adapter: by itself it knows PEFT's alone."""
-    if not isinstance(adapted.adapter, Adapter):
-        yield
-        return
-    before = getattr(adapted.model, MARK, False)
-    setattr(adapted.model, MARK, True)
-    try:
-        yield
-    finally:
-        setattr(adapted.model, MARK, before)
 
 
 def _trains_bank(adapter: AnyAdapter) -> bool:

@@ -89,13 +89,14 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     @torch.no_grad()
     def dense_logits(self) -> Tensor:
         """All h logits of each sub-vector, up to date: a new (N, h) tensor."""
-        return self.logit_table().dense().scatter_(1, self.topk_indices, self.topk_logits.detach())
+        table = self.logit_table()
+        return table.dense().scatter_(1, self.topk_indices, table.precise(self.topk_logits.detach()))
 
     @torch.no_grad()
     def select(self, logits: Tensor) -> None:
         """Take over these (N, h) logits and select the k largest of each row anew."""
         table = self.logit_table()
-        table.take_over(logits.to(self.vector_bank), logits.topk(self.config.topk, dim=-1).indices, self.init_seed)
+        table.take_over(logits.to(table.values), logits.topk(self.config.topk, dim=-1).indices, self.init_seed)
         self._select()
 
     @torch.no_grad()
@@ -168,8 +169,9 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         self.vector_bank.copy_(tensors["vector_bank"])
         if "logits" in tensors:
-            self.logits = LogitTable(self.config, self.layout.of_a).to(self.vector_bank)
-            self.select(tensors["logits"].to(self.vector_bank))
+            kept_in = self.vector_bank if self.logits is None else self.logits.values
+            self.logits = LogitTable(self.config, self.layout.of_a).to(kept_in)
+            self.select(tensors["logits"].to(kept_in))
             return
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))
         self.topk_indices.copy_(tensors["topk_indices"])
