@@ -3,10 +3,12 @@
     ./scripts/reproduce.sh asr --data_dir DIR --models_dir DIR             # tiny.en to Italian and Russian
     ./scripts/reproduce.sh asr --sizes large_v2_fleurs --plan              # what FLEURS takes with large-v2
     ./scripts/reproduce.sh asr --sizes base --languages it --methods recipe --seeds 0 --data_dir DIR --models_dir DIR
+    ./scripts/reproduce.sh asr --methods lora recipe --targets decoder encoder both cross --data_dir DIR ...
 
 --data_dir holds a folder for each language (it, ru; of FLEURS it_it and so on), each with train.tsv, dev.tsv and
 test.tsv. The model as it is (zero_shot) is always a row, at the row's window and at the whole one of 30 seconds. A run
-trains, transcribes and scores. Flags after "--" go to every run as they are (such as -- --bf16 false). Run it again to
+trains, transcribes and scores. --targets asks for a row for each of these sets of layers; all runs of a size see
+equally many clips. Flags after "--" go to every run as they are (such as -- --bf16 false). Run it again to
 go on: what has a record is not run again, what was interrupted goes on.
 """
 
@@ -26,6 +28,7 @@ from vblora_experiments.campaign import Groups
 from vblora_experiments.rows import check_names
 from vblora_experiments.runs import Trial as AnyTrial
 from vblora_experiments.runs import real_flags
+from vblora_experiments.whisper_counts import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_SHOT, WHOLE_WINDOW = "zero_shot", 30
@@ -47,6 +50,7 @@ MODEL_TITLES = {
     "large_v2_fleurs": "large-v2, FLEURS",
     "large_v2_common_voice": "large-v2, Common Voice",
 }
+TARGET_TITLES = {"cross": "cross-attention", "both": "both sides"}
 # The rates of the table: which part, under which normaliser, words or characters.
 SHOWN = {
     "WER": ("test", "unicode", "wer"),
@@ -58,7 +62,7 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Trial(AnyTrial):
-    """A row MODEL/METHOD for one language and one seed; the variant is the language, and the window if another."""
+    """A row MODEL/METHOD for one language and one seed; the variant is the language, and another window or layers."""
 
     def row_flags(self) -> dict[str, Any]:
         return row(self.row)
@@ -72,7 +76,6 @@ class Trial(AnyTrial):
 class Speech(campaign.RowCampaign):
     """The table."""
 
-    description = str(__doc__)
     rows = ROWS
     script = ROOT / "ASR" / "run_asr.py"
     experiment, models_flag, models = "asr", "sizes", campaign.by_own_names(MODELS)
@@ -80,11 +83,12 @@ class Speech(campaign.RowCampaign):
     passed_on = ()
     runs = ROOT / "runs" / "asr"
     kind = "asr"
-    filters = ("sizes", "methods", "seeds", "languages")
-    own_flags = campaign.Campaign.own_flags | {"language", "language_token"}
+    filters = ("sizes", "methods", "seeds", "languages", "targets")
+    own_flags = campaign.Campaign.own_flags | {"language", "language_token", "targets"}
 
     def add_places(self, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--languages", nargs="+", help="codes; all that the size has unless given")
+        parser.add_argument("--targets", nargs="+", choices=TARGETS, help="layers to adapt; the row's unless given")
         parser.add_argument("--data_dir", type=Path, help="folder with a folder of tables for each language")
 
     def plan(self, options: argparse.Namespace, extra: Mapping[str, str]) -> list[Any]:
@@ -100,6 +104,10 @@ class Speech(campaign.RowCampaign):
             if not (table := options.data_dir / trial.folder / "test.tsv").is_file():
                 raise ValueError(f"--data_dir {options.data_dir} has no {trial.folder}/{table.name}")
         super().check_places(trials, options)
+
+    def estimate(self, trial: Any, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
+        targets = {**trial.row_flags(), **trial.changes}["targets"]
+        return super().estimate(trial, [record for record in found if record["settings"]["targets"] == targets])
 
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
         job = super().job(trial, options, extra)
@@ -136,8 +144,16 @@ def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[T
                 whole = {**changes, "window": str(WHOLE_WINDOW)}
                 yield Trial(f"{size}/{ZERO_SHOT}", f"{code}_window{WHOLE_WINDOW}", whole, extra=extra)
             for method in methods:
-                for seed in options.seeds if method != ZERO_SHOT else (0,):
-                    yield Trial(f"{size}/{method}", code, changes, seed, extra)
+                for mark, layers in _layers(row(f"{size}/{method}"), options.targets or []):
+                    for seed in options.seeds if method != ZERO_SHOT else (0,):
+                        yield Trial(f"{size}/{method}", code + mark, {**changes, **layers}, seed, extra)
+
+
+def _layers(flags: Mapping[str, Any], wanted: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """For each wanted set of layers what the variant's name and its flags have more; nothing for the row's own."""
+    if flags["method"] in (ZERO_SHOT, "full") or not wanted:
+        return [("", {})]
+    return [("", {}) if one == flags["targets"] else (f"_{one}", {"targets": one}) for one in wanted]
 
 
 def grouped(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> Groups:
@@ -164,8 +180,8 @@ def _rates(group: Sequence[dict[str, Any]], name: str, key: str = "percent") -> 
 def _line(name: str, group: Sequence[dict[str, Any]]) -> list[str]:
     """A row's line: means over the seeds and deviations; the interval is the mean of the seeds' own."""
     row_name, variant = name.split()
-    (model, method), (language, *window) = row_name.split("/"), variant.split("_window")
-    title = TITLES[method] + (f", {window[0]} s" if window else "")
+    (model, method), (language, _, mark) = row_name.split("/"), variant.partition("_")
+    title = TITLES[method] + (f", {_in_words(mark)}" if mark else "")
     low, high = (mean(_rates(group, "WER", end)) for end in ("low", "high"))
     shown = [tables.number(mean(v), stdev(v) if len(v) > 1 else None) for v in (_rates(group, n) for n in SHOWN)]
     cut = sum(record["test"]["cut"] for record in group)
@@ -176,15 +192,20 @@ def _line(name: str, group: Sequence[dict[str, Any]]) -> list[str]:
     return [*first, shown[0], interval, *shown[1:], f"{cut} of {texts}"]
 
 
-CSV_HEADER = ["model", "language", "method", "window", "parameters", "seeds"]
+def _in_words(mark: str) -> str:
+    """What a variant has other than its row."""
+    return f"{mark.removeprefix('window')} s" if mark.startswith("window") else TARGET_TITLES.get(mark, mark)
+
+
+CSV_HEADER = ["model", "language", "method", "targets", "window", "parameters", "seeds"]
 CSV_HEADER += [f"{name}{ending}" for name in SHOWN for ending in ("", "_sd", "_low", "_high")]
 
 
 def _csv_row(name: str, group: Sequence[dict[str, Any]]) -> list[Any]:
     row_name, variant = name.split()
-    (model, method), (language, *_) = row_name.split("/"), variant.split("_window")
-    window = group[0]["settings"]["window"]
-    values: list[Any] = [model, language, method, window, group[0]["stored_parameters"]["parameters"], len(group)]
+    (model, method), (language, _, _) = row_name.split("/"), variant.partition("_")
+    settings, stored = group[0]["settings"], group[0]["stored_parameters"]["parameters"]
+    values: list[Any] = [model, language, method, settings["targets"], settings["window"], stored, len(group)]
     for score in SHOWN:
         own = _rates(group, score)
         values += [mean(own), stdev(own) if len(own) > 1 else None]

@@ -36,7 +36,6 @@ SHOWN = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 
 class E2E(campaign.RowCampaign):
     """Table 2."""
 
-    description = str(__doc__)
     rows = ROWS
     experiment = "table2"
     models_flag, models = "sizes", SIZES

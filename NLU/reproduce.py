@@ -39,7 +39,6 @@ SEEDS = (0, 1, 2, 3, 4)
 class Glue(campaign.Campaign):
     """Table 1, and the ablations."""
 
-    description = str(__doc__)
     runs = ROOT / "runs" / "glue"
     kind = "glue"
     script = ROOT / "NLU" / "run_glue.py"

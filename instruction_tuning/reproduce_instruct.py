@@ -33,7 +33,6 @@ MODEL_TITLES = {"llama2_7b": "Llama2-7B", "llama2_13b": "Llama2-13B", "smollm2_1
 class Instructions(campaign.RowCampaign):
     """Table 3."""
 
-    description = str(__doc__)
     rows = ROWS
     experiment = "table3"
     models = campaign.by_own_names(MODELS)

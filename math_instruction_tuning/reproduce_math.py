@@ -35,7 +35,6 @@ RULES = ("authors", "corrected")
 class Mathematics(campaign.RowCampaign):
     """Table 4."""
 
-    description = str(__doc__)
     rows = ROWS
     experiment = "table4"
     models = campaign.by_own_names(MODELS)

@@ -30,10 +30,9 @@ Found = tuple[Path, dict[str, Any]]  # a record, and its file
 
 
 class Campaign(ABC):
-    """What a task folder brings to reproduce its tables.
+    """What a task folder brings to reproduce its tables. `--help` begins with the docstring of its module.
 
     Attributes:
-        description: what `--help` says first.
         runs: where runs are kept unless `--runs` says otherwise.
         kind: what its records say under "experiment".
         script: what makes one run.
@@ -42,7 +41,6 @@ class Campaign(ABC):
         own_flags: flags of a run that the plan decides, refused after "--".
     """
 
-    description: str
     runs: Path
     kind: str
     script: Path
@@ -290,7 +288,9 @@ def run(campaign: Campaign, arguments: list[str]) -> None:
 def parse(campaign: Campaign, arguments: list[str]) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(
-        prog="reproduce.sh", description=campaign.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="reproduce.sh",
+        description=sys.modules[type(campaign).__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     campaign.add_options(parser)
     parser.add_argument("--models_dir", type=Path, help="folder with the models' folders, not the hub")

@@ -134,6 +134,29 @@ def test_the_plan_has_zero_shot_always_once_and_at_the_whole_window():
         planned("--languages", "xx")
 
 
+def test_a_row_for_each_set_of_layers():
+    flags = ["--languages", "it", "--seeds", "0", "--methods", "lora", "full", "--targets"]
+    trials = planned(*flags, "decoder", "encoder", "both", "cross")
+    assert [(trial.name, trial.changes) for trial in trials[1:]] == [
+        ("tiny_en_zero_shot_it_seed0", {"language": "it"}),
+        ("tiny_en_lora_it_seed0", {"language": "it"}),  # the row as it is: its records are found
+        ("tiny_en_lora_it_encoder_seed0", {"language": "it", "targets": "encoder"}),
+        ("tiny_en_lora_it_both_seed0", {"language": "it", "targets": "both"}),
+        ("tiny_en_lora_it_cross_seed0", {"language": "it", "targets": "cross"}),
+        ("tiny_en_full_it_seed0", {"language": "it"}),
+    ]
+    found = [record(trial, 50.0 + number) for number, trial in enumerate(trials)]
+    titles = [line.split(" | ")[2] for line in printed(trials, found).splitlines()[2:]]
+    assert titles[2:6] == ["LoRA", "LoRA, encoder", "LoRA, both sides", "LoRA, cross-attention"]
+    rows = list(csv.DictReader(io.StringIO(printed(trials, found, "--format", "csv"))))
+    assert [r["targets"] for r in rows[2:]] == ["decoder", "encoder", "both", "cross", "both"]
+    assert TABLE.estimate(trials[3], found) == (10.0, "from this row's records")
+    assert TABLE.estimate(trials[3], found[:3]) == (None, "")
+    flags = ["--sizes", "large_v2_fleurs", "--languages", "ast", "--seeds", "0", "--methods", "lora"]
+    (large,) = planned(*flags, "--targets", "both")[1:]
+    assert large.name == "large_v2_fleurs_lora_ast_seed0"
+
+
 def test_the_table_is_of_means_intervals_and_what_was_cut():
     trials = planned("--methods", "recipe_small", "--languages", "it")
     values = [220.0, 140.0, 50.0, 52.0, 54.0]
@@ -172,6 +195,12 @@ def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):
     assert f"{len(METHODS)} runs, of which {len(METHODS)} are to be done" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--data_dir is needed"):
         reproduce_asr.main(["asr"])
+
+
+def test_the_help_says_how_a_table_is_made(capsys):
+    with pytest.raises(SystemExit):
+        reproduce_asr.main(["asr", "--help"])
+    assert "what has a record is not run again" in " ".join(capsys.readouterr().out.split())
 
 
 def test_missing_tables_and_models_are_named_before_anything_is_run(tones, tmp_path):
