@@ -19,6 +19,10 @@ def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     Raises:
         ValueError: naming the layer and why.
     """
+    users: dict[int, list[tuple[str, nn.Module]]] = {}  # by parameter the modules that have it
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append((name, module))
     for name, module in targets.items():
         weight = weight_of(module)
         if is_quantized(module):
@@ -28,18 +32,8 @@ def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             )
         if weight.is_meta:
             raise ValueError(f"the weight of {name} is offloaded: load the base model in memory to merge")
-        if others := _sharing(model, module):
+        if others := [other for other, user in users.get(id(weight), ()) if user is not module]:
             raise ValueError(f"the weight of {name} is also that of {', '.join(others)}, which merging would change")
-
-
-def _sharing(model: nn.Module, target: nn.Module) -> list[str]:
-    """Other modules whose parameter is the very weight of this layer."""
-    weight = weight_of(target)
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is not target and any(p is weight for p in module.parameters(recurse=False))
-    ]
 
 
 def check_in_place(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
