@@ -12,7 +12,6 @@ by the other's: below 1 this version is faster.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-WORK = ("training step", "evaluation", "merge and unmerge", "save", "load", "pack", "unpack")
+WORK = ("training step", "evaluation", "merge and unmerge", "save", "load")
 REPEATS = {"training step": 4, "evaluation": 8, "save": 4, "load": 4}  # so that each turn takes a tenth of a second
 
 
@@ -45,7 +44,6 @@ def prepared(folder: Path) -> dict[str, Callable[[], Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import vblora
-    from vblora.cli import main as command  # the same words in every version
 
     def base() -> Any:
         torch.manual_seed(0)
@@ -75,24 +73,15 @@ def prepared(folder: Path) -> dict[str, Callable[[], Any]]:
         adapter.merge()
         adapter.unmerge()
 
-    directory, packed, unpacked = folder / "adapter", folder / "packed.safetensors", folder / "unpacked"
+    directory = folder / "adapter"
     train()
     adapter.save(directory)
-    files = {"pack": ["pack", directory, packed], "unpack": ["unpack", packed, unpacked]}
-
-    def on_files(name: str) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            command([str(part) for part in files[name]])
-
-    on_files("pack")
     return {
         "training step": train,
         "evaluation": evaluate,
         "merge and unmerge": merge,
         "save": lambda: adapter.save(directory),
         "load": lambda: vblora.load(other, directory).detach(),
-        "pack": lambda: on_files("pack"),
-        "unpack": lambda: on_files("unpack"),
     }
 
 

@@ -18,8 +18,9 @@ from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
-# The command itself, one that reads records, one that needs a run of GLUE, one that kills runs for minutes.
-NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves")
+# The command itself, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, and one that
+# needs another version.
+NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves", "against")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -59,6 +60,15 @@ def test_active_logits_and_what_follows_on_paper(tmp_path, capsys):
     assert "Llama2-70B" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no record of active_logits"):
         benchmark("scaling").main(["--active", str(tmp_path / "scaling.json")])
+
+
+def test_against_another_version(tmp_path, capsys):
+    record = tmp_path / "r.json"
+    benchmark("against").main([str(FOLDER.parent), "--rounds", "1", "--record", str(record)])
+    found = read_json(record)["work"]
+    assert set(found) == set(benchmark("against").WORK) and all(one["ratio"] > 0 for one in found.values())
+    with pytest.raises(ValueError, match="holds no vblora/"):
+        benchmark("against").main([str(tmp_path)])
 
 
 def test_many_adapters(tmp_path, capsys):

@@ -96,11 +96,18 @@ def output_slice(name: str, module: nn.Module, config: AdapterConfig) -> slice:
 
 def _warn_of_idle_names(config: AdapterConfig, names: list[str]) -> None:
     """One misspelt name among several would otherwise be silently left out."""
+    ends = {end for name in names for end in _ends(name)}
     for field in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field)
-        idle = [w for w in wanted or [] if not any(n == w or n.endswith(f".{w}") for n in names)]
+        idle = [w for w in wanted or [] if w not in ends]
         if isinstance(wanted, list) and idle:
             warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=4)
+
+
+def _ends(name: str) -> list[str]:
+    """A module's name and what is left of it after each of its dots: what a name in a list of targets may be."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 def _in_peft(name: str, names: Mapping[str, nn.Module]) -> bool:
@@ -204,14 +211,14 @@ def is_target(config: AdapterConfig, name: str) -> bool:
     assert wanted is not None
     if name in wanted:
         return True
-    return any(name.endswith(f".{w}") for w in wanted) and _in_layers(config, name)
+    return any(end in wanted for end in _ends(name)) and _in_layers(config, name)
 
 
 def _is_excluded(config: AdapterConfig, name: str) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         return _matches(excluded, name)
-    return any(name == e or name.endswith(f".{e}") for e in excluded or [])
+    return any(end in (excluded or []) for end in _ends(name))
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
