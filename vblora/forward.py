@@ -155,7 +155,8 @@ class ForwardPath(nn.Module):
     def add_to(self, output: Tensor, x: Tensor, indices: list[int], in_place: bool) -> Tensor:
         """output + dropout(x) A^T B^T, computed in the output's precision, for the targets in one layer."""
         factors: Mapping[int, Factors] | Sequence[Factors]
-        if is_traced():
+        traced = is_traced()
+        if traced:
             factors = self._traced_factors(indices, output.dtype, output.device)
         else:
             factors = self.current(layer=indices[0]).factors(output.dtype, output.device)
@@ -165,7 +166,7 @@ class ForwardPath(nn.Module):
             x = F.dropout(x, self.config.dropout)
         with without_autocast(output.device.type):
             if self.outputs[self.shapes[indices[0]].name] == slice(None):
-                add = add_low_rank_ if in_place else add_low_rank
+                add = add_low_rank_ if in_place and not traced else add_low_rank
                 return add(output, x, *factors[indices[0]])
             return self._add_to_parts(output, x, indices, factors)
 

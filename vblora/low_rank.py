@@ -21,9 +21,10 @@ def add_low_rank_(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """The same within `output`, which saves a copy of it; where that cannot be, `add_low_rank`.
 
     A layer with a bias gives a view of a matrix, whose gradient autograd would copy for what is written to it. Under a
-    dispatch mode, such as that of selective checkpointing, the output may be kept to be used again.
+    dispatch mode, such as that of selective checkpointing, the output may be kept to be used again. Not for what is
+    traced (`is_traced`).
     """
-    if is_traced() or torch._C._len_torch_dispatch_stack() > 0 or not output.is_contiguous():
+    if torch._C._len_torch_dispatch_stack() > 0 or not output.is_contiguous():
         return add_low_rank(output, x, a, b)
     if torch.is_grad_enabled():
         return add_low_rank(output, x, a, b) if output._is_view() else _AddLowRank.apply(output, x, a, b)
