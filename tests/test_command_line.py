@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from transformers import TrainingArguments
 
-from vblora_experiments import runs
+from vblora_experiments import command_line, runs
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.command_line import Script, Settings, StartArguments
 
@@ -99,6 +99,16 @@ def test_what_a_caller_tells_is_what_flags_tell(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             SCRIPT.of(wrong)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_bf16_is_autocast_on_the_processor_where_there_is_nothing_else(there, monkeypatch):
+    monkeypatch.setattr(command_line, "_has_accelerator", lambda: there)
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # which looks at the real machine
+    settings = SCRIPT.read(["--row", "m/vblora", "--bf16", "true"])
+    assert settings.of(TrainingArguments).use_cpu is not there and settings.overrides == {"bf16": "true"}
+    told = SCRIPT.read(["--row", "m/vblora", "--bf16", "true", "--use_cpu", "false"])
+    assert told.of(TrainingArguments).use_cpu is False
 
 
 def test_the_columns_stand_under_each_other_and_no_secret_is_shown(tmp_path, capsys):

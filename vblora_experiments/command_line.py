@@ -24,6 +24,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from vblora_experiments import commands, runs
@@ -165,6 +166,8 @@ class Script:
         changes = self.adjust(namespace, {*row, *config, *told, *given})
         if namespace.plan:  # of what may run elsewhere
             changes["use_cpu"] = (True, PLANNED)
+        elif namespace.bf16 and sources.get("use_cpu") is None and not _has_accelerator():
+            changes["use_cpu"] = (True, "bf16 without an accelerator: autocast on the processor")
         if namespace.output_dir is None:
             changes["output_dir"] = (str(self.place(namespace)), DEFAULT)
         for name, (value, reason) in changes.items():
@@ -211,6 +214,11 @@ class Script:
         if unknown := next((name for name in values if name not in actions), None):
             raise ValueError(f"{where}: {self.name} has no flag --{unknown}")
         return {name: _typed(value, name, hints[name], actions[name], where) for name, value in values.items()}
+
+
+def _has_accelerator() -> bool:
+    """Whether this machine trains on anything but its processor."""
+    return bool(getattr(torch, "accelerator", torch.cuda).is_available())  # PyTorch has the former from 2.6 on
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -136,6 +136,18 @@ def test_train_transcribe_and_score(method, flags, tones, whispers, cache, tmp_p
         assert read_outputs(tmp_path / "run" / "test.tsv") == said
 
 
+def test_mixed_precision_is_another_run_with_nearly_the_same_losses(flags, tmp_path):
+    """In bfloat16 the processor autocasts; weights and adapter stay in float32, and what it decides is in the plan."""
+    command = ["--method", "lora", *METHODS["lora"], "--targets", "both"]
+    plain = train_speech.main(flags("english", *command, out=tmp_path / "plain"))
+    mixed = train_speech.main(flags("english", *command, "--bf16", "true", out=tmp_path / "mixed"))
+    assert mixed["settings"]["bf16"] is True and "bf16" not in plain["settings"]
+    assert mixed["validation_losses"] != plain["validation_losses"]
+    assert mixed["validation_losses"] == pytest.approx(plain["validation_losses"], rel=0.02)
+    tensors, _ = read_tensors(tmp_path / "mixed" / "last" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
 def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
     record = run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "4"))
     assert record["stored_parameters"] == {"parameters": 0, "bytes": 0} and record["steps"] == 0
