@@ -123,7 +123,8 @@ def read_table(table: Path) -> list[Clip]:
         if len(header) != FLEURS_COLUMNS:
             raise ValueError(
                 f"{table}: no table of FLEURS ({FLEURS_COLUMNS} columns without a header), of Common Voice (a header "
-                f"with path and sentence) or of path and text; its first line is {_short(lines[0] if lines else '')}"
+                f"with path and sentence) or of path and text (a header with these two, a tab between); its first line "
+                f"is {_short(lines[0] if lines else '')}"
             )
         columns, rows, first = (1, 2), lines, 1
         folder, width = table.parent / "audio" / table.stem, FLEURS_COLUMNS

@@ -141,5 +141,7 @@ def is_multilingual(model: Any) -> bool:
 def _id(tokenizer: Any, token: str) -> int:
     known = tokenizer.get_vocab()
     if token not in known:
-        raise ValueError(f"the model's tokenizer has no {token}: it cannot be asked for a transcript")
+        raise ValueError(
+            f"the model's tokenizer has no {token}: it cannot be asked for a transcript; take a Whisper with it"
+        )
     return int(known[token])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import shutil
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -12,6 +14,7 @@ from speech_helpers import sound, write_table
 
 import asterisk_prompts
 import audio
+import fleurs_parquet
 import generate_speech
 import speech_data
 from normalisers import normaliser, unicode_safe
@@ -142,6 +145,70 @@ def test_english_needs_its_spellings(tmp_path):
         normaliser("english")
     with pytest.raises(ValueError, match="unknown normaliser 'french'"):
         normaliser("french")
+
+
+# --- FLEURS in Parquet files --------------------------------------------------------------------------------------
+
+
+def parquet_part(folder, names, texts, **columns):
+    """One part as the hub's branch has it: the recordings' bytes in the file."""
+    sounds = []
+    for name, text in zip(names, texts, strict=True):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, sound(text, 16000), 16000, format="WAV")
+        sounds.append({"bytes": buffer.getvalue(), "path": name})
+    rows = {
+        "id": list(range(len(texts))),
+        "num_samples": [3200] * len(texts),
+        "path": names,
+        "audio": sounds,
+        "transcription": texts,
+        "raw_transcription": [f"{text.capitalize()}.\n" for text in texts],
+        "gender": [0] * len(texts),
+        **columns,
+    }
+    made = datasets.Dataset.from_dict({name: values for name, values in rows.items() if values is not None})
+    folder.mkdir(parents=True)
+    made.cast_column("audio", datasets.Audio(decode=False)).to_parquet(folder / "0000.parquet")
+
+
+def test_fleurs_in_parquet_files_becomes_fleurs(tmp_path, capsys):
+    for part, texts in {"train": ["do re", "mi"], "validation": ["re"], "test": ["fa mi"]}.items():
+        names = [f"{part}{number}.wav" for number in range(len(texts))]
+        parquet_part(tmp_path / "files" / part, names, texts)
+    fleurs_parquet.main(["it_it", str(tmp_path / "it_it"), "--files", str(tmp_path / "files")])
+    assert "train 2, dev 1, test 1" in capsys.readouterr().out
+    found = load_split(tmp_path / "it_it", "train")
+    assert [(clip.name, clip.text) for clip in found.clips] == [("train0.wav", "Do re."), ("train1.wav", "Mi.")]
+    assert found.seconds == [pytest.approx(0.4), pytest.approx(0.2)]
+    assert (tmp_path / "it_it" / "train.tsv").read_text().splitlines()[0].split("\t")[3:5] == ["do re", "d o | r e"]
+    with pytest.raises(ValueError, match="exists: remove it"):
+        fleurs_parquet.write("it_it", tmp_path / "it_it", tmp_path / "files")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"raw_transcription": None}, "no column raw_transcription: these are no files of FLEURS"),
+        ({"names": ["a.wav", "a.wav"]}, "FLEURS, train, id 1: a.wav a second time"),
+        ({"names": ["../../../a.wav", ""]}, "FLEURS, train, id 1: the row has no recording"),
+    ],
+)
+def test_files_that_are_no_fleurs_leave_nothing(wrong, message, tmp_path):
+    columns = {"names": ["a.wav", "b.wav"], **wrong}
+    parquet_part(tmp_path / "files" / "train", columns.pop("names"), ["do", "re"], **columns)
+    with pytest.raises(ValueError, match=message):
+        fleurs_parquet.write("it_it", tmp_path / "it_it", tmp_path / "files")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["files"]
+
+
+def test_without_the_hub_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: False)
+    with pytest.raises(ValueError, match=r"google/fleurs it_it: the hub cannot be reached .* use --files DIR"):
+        fleurs_parquet.write("it_it", tmp_path / "it_it")
+    with pytest.raises(ValueError, match=r"none/train/\*\.parquet"):
+        fleurs_parquet.write("it_it", tmp_path / "it_it", tmp_path / "none")
+    assert not list(tmp_path.iterdir())
 
 
 # --- Debian's prompts ---------------------------------------------------------------------------------------------
