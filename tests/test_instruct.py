@@ -229,7 +229,7 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
         (["--source_max_length", "1"], "--source_max_length must be at least 2"),
         (["--bits", "3"], "--bits 3: 16, 8 and 4"),
         (["--bits", "4", "--method", "full"], "quantised weights cannot be trained"),
-        (["--dtype", "float99"], "--dtype float99: no such type"),
+        (["--dtype", "float99"], "--dtype float99 names no floating point type"),
         (["--held_out", "36"], "leaves nothing of 36 rows"),
         (["--held_out", "-1"], "--held_out must be at least 0"),
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),

@@ -103,7 +103,7 @@ def test_a_damaged_start_is_named(tmp_path):
     adapter.save(tmp_path)
     tensors, _ = read_tensors(tmp_path / "adapter_model.safetensors")
     write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"init_vectors_of_a": "five"})
-    with pytest.raises(ValueError, match="init_vectors_of_a 'five' is no number"):
+    with pytest.raises(ValueError, match="init_vectors_of_a in the metadata must be a whole number, not 'five'"):
         vblora.load(build("stack"), tmp_path)
 
 

@@ -192,7 +192,7 @@ def deserialize(data: bytes) -> tuple[dict[str, Raw], dict[str, str]]:
 def _header_length(first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > size - 8:
-        raise ValueError(f"no safetensors file, or cut short: {size} bytes, and a header of {length}")
+        raise ValueError(f"its {size} bytes cannot hold the header of {length} bytes that it begins with")
     if length > MOST_HEADER_BYTES:
         raise ValueError(f"its header has {length} bytes, more than the {MOST_HEADER_BYTES} that are read")
     return length
@@ -204,7 +204,7 @@ def _parse_header(text: bytes, available: int) -> tuple[dict[str, Entry], dict[s
         raise ValueError("the header is no JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("the header's __metadata__ is no table of strings")
+        raise ValueError("the header's __metadata__ does not map names to texts")
     entries = {name: _entry(name, entry, available) for name, entry in header.items()}
     end = 0
     for start, stop in sorted((entry.start, entry.stop) for entry in entries.values()):
@@ -212,7 +212,7 @@ def _parse_header(text: bytes, available: int) -> tuple[dict[str, Entry], dict[s
             raise ValueError(f"the header's tensors overlap, or leave a gap, at byte {min(start, end)} of the data")
         end = stop
     if end != available:
-        raise ValueError(f"the file has {available} bytes of data, and its header describes {end}")
+        raise ValueError(f"the file has {available} bytes of data, and its header describes {end} bytes")
     return entries, metadata
 
 
@@ -249,14 +249,14 @@ def is_count(value: Any, below: int = 2**63) -> bool:
 def _entry(name: str, entry: Any, available: int) -> Entry:
     """Where a tensor's data lies, if its type, shape and place agree."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets")
+        raise ValueError(f"{name!r} is not described by dtype, shape and data_offsets alone")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name!r} is of type {dtype!r}, which is not read here")
     if not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS or not all(is_count(n) for n in shape):
-        raise ValueError(f"the shape of {name!r} is none: {shape!r:.80}")
+        raise ValueError(f"{name!r} has a shape that is no list of whole numbers: {shape!r:.80}")
     if not isinstance(span, list) or len(span) != 2 or not all(is_count(n) for n in span):
-        raise ValueError(f"the place of {name!r} is none: {span!r:.80}")
+        raise ValueError(f"{name!r} has data_offsets that are not two whole numbers: {span!r:.80}")
     start, stop = span
     if not start <= stop <= available or math.prod(shape) * _size(dtype) != stop - start:
         raise ValueError(f"{name!r}, {dtype} of shape {shape}, does not fit bytes {start} to {stop} of {available}")
@@ -270,9 +270,9 @@ def _size(dtype: str) -> int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name comes twice")
+        raise ValueError("one name stands twice in the same object")
     return values
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is no number that JSON has")

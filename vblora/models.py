@@ -72,7 +72,7 @@ def quantisation(bits: int, compute: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if bits not in BITS[1:]:
-        raise ValueError(f"--bits {bits}: 16, 8 and 4 are offered")
+        raise ValueError(f"--bits must be 16, 8 or 4, not {bits}")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(f"--bits {bits} needs bitsandbytes: pip install bitsandbytes")
     if bits == 8:
@@ -90,7 +90,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"--dtype {name}: no such type; auto, float32, bfloat16 and float16 are some")
+        raise ValueError(f"--dtype {name} names no floating point type; auto, float32, bfloat16 and float16 do")
     return found
 
 
@@ -161,7 +161,7 @@ class Tuned:
         if (run / PLAN_FILE).exists():
             return cls._of_run(run, adapter, base, bits, dtype)
         if base:
-            raise ValueError(f"--model_name_or_path goes with the folder of a run, and {run} is none")
+            raise ValueError(f"--model_name_or_path is given with the folder of a run, and {run} is not one")
         if adapter and not adapter.is_file() and not (adapter / CONFIG_FILE).is_file():
             raise ValueError(f"--adapter {adapter}: there is no {CONFIG_FILE} in it")
         return cls(model, model, adapter, bits or 16, dtype or "auto")

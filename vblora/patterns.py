@@ -115,12 +115,12 @@ def _step(operation: str, value: Any, fold: bool) -> Step:
         return _place(value.name)
     if operation == "FAILURE":
         return lambda name, at: 0
-    raise ValueError(f"{operation.lower().replace('_', ' ')} is not matched")
+    raise ValueError(f"{operation.lower().replace('_', ' ')} is not known here")
 
 
 def _folds(fold: bool, added: int, removed: int) -> bool:
     if added & ~FLAGS:
-        raise ValueError("of the flags i, m, s and x are known")
+        raise ValueError("only the flags i, m, s and x are known here")
     return bool(fold or added & re.IGNORECASE) and not removed & re.IGNORECASE
 
 

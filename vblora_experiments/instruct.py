@@ -291,7 +291,7 @@ def encode(rows: list[Row], instruct: InstructArguments, tokenizer: Any) -> tupl
     encoded = instruction_data.encode(rows, tokenizer, together, instruct.limits())
     kept = instruction_data.with_labels(encoded)
     if encoded and not kept:
-        raise ValueError("of no row any of the response is left: raise the limits of tokens")
+        raise ValueError("no row has any of its response left: raise the limits of tokens")
     return kept, len(encoded) - len(kept)
 
 

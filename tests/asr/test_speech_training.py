@@ -250,7 +250,7 @@ def test_a_batch_says_what_each_recording_says_alone(whispers, tones, cache):
         (["--targets", "("], r"--targets \(: .*one of decoder, encoder, both, cross"),
         (["--method", "full"], "--method full trains the whole model: --targets both"),
         (["--method", "lora", "--topk", "2"], "--topk does nothing with --method lora"),
-        (["--dtype", "float99"], "--dtype float99: no such type"),
+        (["--dtype", "float99"], "--dtype float99 names no floating point type"),
         (["--language", "klingon"], "--language klingon: Whisper has no token"),
     ],
 )

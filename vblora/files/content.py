@@ -114,9 +114,9 @@ def check_tensors(tensors: dict[str, Tensor], specs: dict[str, TensorSpec]) -> N
         ValueError: naming the first tensor that is wrong, and how.
     """
     if missing := [name for name in specs if name not in tensors]:
-        raise ValueError(f"tensors missing: {', '.join(missing)}")
+        raise ValueError(f"these tensors are missing: {', '.join(missing)}")
     if unknown := [name for name in tensors if name not in specs]:
-        raise ValueError(f"tensors that belong to nothing: {', '.join(unknown[:5])}")
+        raise ValueError(f"these tensors belong to no adapter of these settings: {', '.join(unknown[:5])}")
     for name, spec in specs.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != spec.shape:
@@ -179,7 +179,7 @@ def outputs_of(shape: LayerShape, config: AdapterConfig) -> slice:
     if not parts:
         return slice(None)
     if part not in parts or len(parts) * shape.out_features > WIDEST:
-        raise ValueError(f"{shape.name} is no part of a layer that split_modules make {len(parts)}")
+        raise ValueError(f"{shape.name} is none of the {len(parts)} parts into which split_modules cuts its layer")
     start = parts.index(part) * shape.out_features
     return slice(start, start + shape.out_features)
 

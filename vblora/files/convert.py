@@ -159,7 +159,7 @@ def _named_layers(tensors: dict[str, Tensor], config: VBLoRAConfig) -> list[Laye
             tiles.setdefault(name.removeprefix(peft_format.PREFIX), {})[factor] = tensor.shape[factor == "A"]
     for name, found in tiles.items():
         if len(found) != 2:
-            raise ValueError(f"{name} has one factor of two")
+            raise ValueError(f"{name} has only one of its two factors, A and B")
     if not tiles:
         raise ValueError("the file has no adapted layer")
     names = sorted(tiles, key=natural_order)

@@ -58,11 +58,11 @@ class Reader:
 
     def require_empty(self) -> None:
         if rest := sorted(self.raws.keys() | self.codes.keys()):
-            raise ValueError(f"tensors that belong to nothing: {', '.join(rest[:5])}")
+            raise ValueError(f"these tensors belong to no adapter of these settings: {', '.join(rest[:5])}")
 
     def _pop(self, name: str, how: str) -> Raw:
         if name not in self.raws:
-            raise ValueError(f"tensors missing: {name}")
+            raise ValueError(f"this tensor is missing: {name}")
         raw = self.raws.pop(name)
         _, before = self.stored.get(name, ("", 0))
         self.stored[name] = (how, before + len(raw.data))
@@ -103,7 +103,7 @@ class Reader:
             _require(name, raw, ("I8",), shape)
             scale = self.raws.pop(SCALE_PREFIX + name, None)
             if scale is None or len(raw.shape) < 2:
-                raise ValueError(f"{name} is int8, but no matrix with a scale for each row")
+                raise ValueError(f"{name} is int8, and lacks a scale for each row of a matrix")
             _require(SCALE_PREFIX + name, scale, ("F32",), raw.shape[:1])
             self.stored[name] = ("int8", len(raw.data) + len(scale.data))
             tensor = from_int8(raw.tensor(), scale.tensor())
@@ -125,11 +125,13 @@ def _is_shared(code: Any) -> bool:
 def _planes_of(name: str, code: Any) -> tuple[str, tuple[int, ...]]:
     good = isinstance(code, list) and 1 < len(code) < 10 and isinstance(code[0], str) and code[0] in FLOATS
     if not good or not all(is_count(n) for n in code[1:]):
-        raise ValueError(f"{name} is written in an unknown way")
+        raise ValueError(f"{name} is written in a way that is not known here: {code!r:.80}")
     return code[0], tuple(code[1:])
 
 
 def _require(name: str, raw: Raw, dtypes: Sequence[str], shape: tuple[int, ...] | None) -> None:
     if raw.dtype not in dtypes or (shape is not None and raw.shape != shape):
         found = f"{raw.dtype} of shape {list(raw.shape)}"
-        raise ValueError(f"{name} is {found}; the header needs {' or '.join(dtypes)} of {list(shape or raw.shape)}")
+        raise ValueError(
+            f"{name} is {found}; the header needs {' or '.join(dtypes)} of shape {list(shape or raw.shape)}"
+        )

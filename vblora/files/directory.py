@@ -293,7 +293,7 @@ def _own_settings(metadata: Mapping[str, str]) -> tuple[AdapterConfig, bool]:
     """The settings in a file of tensors."""
     settings = container.parse_json(metadata[SETTINGS])
     if not isinstance(settings, dict):
-        raise ValueError(f"its metadata's {SETTINGS} are none: the file is damaged")
+        raise ValueError(f"the {SETTINGS} in its metadata are no JSON object: the file is damaged")
     return _understood(Path(TENSOR_FILE), settings, metadata)
 
 

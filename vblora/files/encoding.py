@@ -40,10 +40,12 @@ def unpack_bits(data: Tensor, count: int, width: int) -> Tensor:
         ValueError: too few or too many bytes, or bits set behind the last number.
     """
     if data.numel() != packed_bytes(count, width):
-        raise ValueError(f"{data.numel()} bytes for {count} indices of {width} bits")
+        raise ValueError(
+            f"{count} indices of {width} bits take {packed_bytes(count, width)} bytes, and the file has {data.numel()}"
+        )
     bits = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
     if bits[count * width :].any():
-        raise ValueError("bits are set behind the last index")
+        raise ValueError("the unused bits behind the last index are not 0")
     bits = bits[: count * width].view(count, width)
     values = torch.zeros(count, dtype=torch.int64, device="cpu")
     for j in range(width):
@@ -93,18 +95,18 @@ def from_planes(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[i
     for size in shape:
         n *= size
     if not 0 < n * width <= MOST_INFLATION * len(data):
-        raise ValueError(f"{len(data)} bytes are said to hold {dtype} of shape {list(shape)}")
+        raise ValueError(f"{len(data)} bytes cannot hold {dtype} of shape {list(shape)}")
     columns = torch.empty(n, width, dtype=torch.uint8, device="cpu")
     start = 0
     for place in reversed(range(width)):
         length = int.from_bytes(data[start : start + 4], "little")
         start += 4
         if length > min(n, len(data) - start):
-            raise ValueError(f"a byte plane is {length} bytes long")
+            raise ValueError(f"a byte plane is said to take {length} bytes, more than it can")
         columns[:, place] = torch.frombuffer(bytearray(_plane(data[start : start + length], n)), dtype=torch.uint8)
         start += length
     if start != len(data):
-        raise ValueError(f"{len(data) - start} bytes behind the last byte plane")
+        raise ValueError(f"{len(data) - start} bytes are left behind the last byte plane")
     turned = columns.flatten().view(WHOLE[width])
     whole = turned >> 1 & (1 << 8 * width - 1) - 1 | turned << 8 * width - 1
     return whole.view(DTYPES[dtype]).reshape(shape)

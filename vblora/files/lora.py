@@ -184,7 +184,9 @@ def target_modules(config: AdapterConfig, names: list[str]) -> list[str]:
 def _padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r), filled up with zeros where their rank is lower."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise ValueError(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} are no (r, in) and (out, r)")
+        raise ValueError(
+            f"{name}: A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)} must be (r, in) and (out, r)"
+        )
     missing = r - a.shape[0]
     padded = (
         torch.nn.functional.pad(a.detach().to("cpu", dtype), (0, 0, 0, missing)),

@@ -248,9 +248,11 @@ def _read(
     _require_packed(metadata)
     header = parse_json(metadata[HEADER])
     if not isinstance(header, dict) or not is_count(header.get("version")):
-        raise ValueError(f"{HEADER!r} in the metadata has no version")
+        raise ValueError(f"{HEADER!r} in the metadata names no version of the format")
     if header["version"] != VERSION:
-        raise ValueError(f"format version {header['version']}; this program reads version {VERSION}: update it")
+        raise ValueError(
+            f"it has version {header['version']} of the format, and this program reads version {VERSION}: update it"
+        )
     if metadata.get(CHECKSUM) != checksum(metadata[HEADER], raws):
         raise ValueError("the checksum is not that of the content: the file is damaged")
     json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeError, a ValueError
@@ -260,7 +262,7 @@ def _read(
     config = _read_config(header, _names(shapes))
     check_rank(config.r, shapes)
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
-        raise ValueError("the fingerprint is not that of the layers")
+        raise ValueError("the header's fingerprint is not that of the layers that it names")
     reader = Reader(raws, header["codes"], bank_of)
     tensors = {name: reader.take(name, spec) for name, spec in _spec(config, shapes).items()}
     heads = {name.removeprefix(HEAD_PREFIX): reader.head(name) for name in list(raws) if name.startswith(HEAD_PREFIX)}
@@ -273,7 +275,7 @@ def _read(
 
 def _require_packed(metadata: dict[str, str]) -> None:
     if HEADER not in metadata:
-        raise ValueError(f"a safetensors file without {HEADER!r} in its metadata, so no packed adapter")
+        raise ValueError(f"it is a safetensors file without {HEADER!r} in its metadata, so no packed adapter")
 
 
 def _check_header(header: dict[str, Any]) -> None:
@@ -287,7 +289,7 @@ def _check_header(header: dict[str, Any]) -> None:
         if key in header and type(header[key]) is not kind:
             raise ValueError(f"the header's {key!r} is {type(header[key]).__name__}, not {kind.__name__}")
     if not -(2**63) <= header.get("init_seed", 0) < 2**64:
-        raise ValueError("the header's init_seed is no seed")
+        raise ValueError("the header's init_seed is no whole number that PyTorch takes for a seed")
 
 
 def _names(shapes: Sequence[LayerShape]) -> list[str]:

@@ -145,7 +145,7 @@ def with_start(config: VBLoRAConfig, metadata: Mapping[str, str]) -> VBLoRAConfi
     if text is None:
         return config
     if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(f"the metadata's {START_KEY} {text!r} is no number")
+        raise ValueError(f"{START_KEY} in the metadata must be a whole number, not {text!r}")
     return replace(config, init_vectors_of_a=int(text))
 
 
