@@ -123,7 +123,7 @@ def test_factors_of_several_ranks_become_one(tmp_path):
     ("factors", "message"),
     [
         ({}, "no layers to write"),
-        ({"up": (torch.ones(2, 3), torch.ones(5, 3))}, r"up: A \(2, 3\) and B \(5, 3\) are no"),
+        ({"up": (torch.ones(2, 3), torch.ones(5, 3))}, r"up: A of shape \(2, 3\) and B of shape \(5, 3\) must be"),
         ({"up": (torch.ones(2, 3) * 1e6, torch.ones(5, 2))}, "up: its factors have numbers that torch.float16 cannot"),
     ],
 )

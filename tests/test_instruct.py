@@ -262,7 +262,7 @@ def test_a_response_that_is_cut_away_leaves_the_row_out(base, tmp_path, flags):
     command += ["--max_length", "150", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true", *VBLORA]
     result = instruct.main([*command, "--disable_tqdm", "true"], folder())
     assert result["train_rows"] == 2 and result["rows_without_response"] == 1
-    with pytest.raises(ValueError, match="of no row any of the response is left"):
+    with pytest.raises(ValueError, match="no row has any of its response left"):
         instruct.main([*command, "--max_length", "20", "--output_dir", str(tmp_path / "none")], folder())
 
 

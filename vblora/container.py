@@ -192,7 +192,9 @@ def deserialize(data: bytes) -> tuple[dict[str, Raw], dict[str, str]]:
 def _header_length(first: bytes, size: int) -> int:
     length = int.from_bytes(first, "little")
     if len(first) < 8 or length > size - 8:
-        raise ValueError(f"its {size} bytes cannot hold the header of {length} bytes that it begins with")
+        raise ValueError(
+            f"no safetensors file, or cut short: {size} bytes cannot hold the header of {length} that they begin with"
+        )
     if length > MOST_HEADER_BYTES:
         raise ValueError(f"its header has {length} bytes, more than the {MOST_HEADER_BYTES} that are read")
     return length
