@@ -227,7 +227,7 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
         (["--data", "nonesuch.json"], r"nonesuch\.json: no such file"),
         (["--max_length", "100"], "--max_length does nothing with --data_format alpaca"),
         (["--source_max_length", "1"], "--source_max_length must be at least 2"),
-        (["--bits", "3"], "--bits 3: 16, 8 and 4"),
+        (["--bits", "3"], "--bits must be 16, 8 or 4, not 3"),
         (["--bits", "4", "--method", "full"], "quantised weights cannot be trained"),
         (["--dtype", "float99"], "--dtype float99 names no floating point type"),
         (["--held_out", "36"], "leaves nothing of 36 rows"),
