@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, seed: int | None = None) -> Adapter:
     """Attach an adapter to `model` in place and freeze everything that it does not train.
 
+    An adapted layer then gives layer(x) + B A dropout(x), with A (r, in) and B (out, r) made by the method.
+
     Args:
         model: any model of nn.Linear, Conv1D or bitsandbytes layers. It stays the same object.
         config: VBLoRAConfig, TiedLoRAConfig or LoRAXSConfig.

@@ -164,7 +164,10 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class VBLoRAConfig(AdapterConfig):
-    """Settings of VB-LoRA, under PEFT's field names (see also `AdapterConfig`).
+    """Settings of VB-LoRA (arXiv 2405.15179), under PEFT's field names (see also `AdapterConfig`).
+
+    With the bank's vectors v_j (b) and a sub-vector's logits z (h), the sub-vector is the sum over the k largest z_j of
+    softmax(z)_j v_j, taken over these k. A (r, in) and B transposed (r, out) are rows of such sub-vectors.
 
     Args:
         num_vectors: h, the number of vectors in the bank.

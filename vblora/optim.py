@@ -17,7 +17,7 @@ from vblora.whole import adapters_in, require_present
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that trains VB-LoRA's logits exactly as dense AdamW over all h of them would.
+    """AdamW (arXiv 1711.05101) that trains VB-LoRA's logits exactly as dense AdamW over all h of them would.
 
     Only the k selected logits of a sub-vector have a gradient, but under AdamW an entry goes on moving by its
     momentum after it has left the selection, and weight decay shrinks all of them. So per sub-vector

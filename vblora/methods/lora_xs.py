@@ -17,7 +17,10 @@ from vblora.shapes import LayerShape
 
 @dataclass(kw_only=True)
 class LoRAXSConfig(ScaledConfig):
-    """Settings of LoRA-XS (see also `ScaledConfig`).
+    """Settings of LoRA-XS (arXiv 2405.17604; see also `ScaledConfig`).
+
+    dW = lora_alpha / r * U S R V^T, with U (out, r), S and V (in, r) the r largest singular triples of the base weight,
+    which are frozen, and R (r, r) trained.
 
     Args:
         init_std: the r x r matrices start normal with this standard deviation (the paper's 1e-5).

@@ -19,7 +19,11 @@ from vblora.shapes import Count, LayerShape
 
 @dataclass(kw_only=True)
 class TiedLoRAConfig(ScaledConfig):
-    """Settings of Tied-LoRA: see `ScaledConfig`."""
+    """Settings of Tied-LoRA (arXiv 2311.09578; see also `ScaledConfig`).
+
+    dW = lora_alpha / r * diag(v) B diag(u) A, with A (r, in) and B (out, r) of all layers of one kind, and u (r) and
+    v (out) of each layer.
+    """
 
     method: ClassVar[str] = "tied_lora"
 

@@ -116,6 +116,7 @@ class AdapterStore:
         return name in self._sources
 
     def names(self) -> list[str]:
+        """The adapters that are known, in the order in which they became so."""
         return list(self._sources)
 
     def add(self, name: str, source: str | Path | bytes) -> None:
