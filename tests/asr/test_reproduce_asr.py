@@ -15,11 +15,12 @@ import asr_rows
 import asr_secondary
 import reproduce_asr
 import run_asr
+import speech_curves
 import train_speech
 from asr_rows import LANGUAGES, METHODS, MODELS, row
 from reproduce_asr import Speech, Trial
 from transcribe import Decoding
-from vblora.io import read_json
+from vblora.io import read_json, write_json
 from vblora_experiments import campaign, runs, schedule
 
 FOLDER = Path(asr_rows.__file__).parent
@@ -180,6 +181,32 @@ def test_the_table_is_of_means_intervals_and_what_was_cut():
     other = record(trials[-1], 54.0, data="other")
     with pytest.raises(ValueError, match="made on different data"):
         printed(trials, [*found[:-1], other])
+
+
+def test_curves_are_of_each_row_language_and_flags(tmp_path, capsys):
+    def one(name, method, seed, losses, **flags):
+        changes = {"language": "it", **flags}
+        found = record(Trial(f"tiny_en/{method}", "it", changes, seed), 50.0)
+        curve = [{"step": 50 * (at + 1), "loss": loss} for at, loss in enumerate(losses)]
+        write_json(tmp_path / f"{name}.json", {**found, "curve": curve, "language": "it"})
+
+    one("a", "lora", 0, [3.0, 2.0])
+    one("b", "lora", 1, [2.0, 1.0, 0.5])
+    one("c", "lora", 0, [4.0, 3.0], learning_rate="1e-3")
+    one("d", "zero_shot", 0, [])
+    found = [read_json(path) for path in sorted(tmp_path.glob("*.json"))]
+    panels = speech_curves.grouped(found, None, "it")
+    assert {title: {line: len(group) for line, group in lines.items()} for title, lines in panels.items()} == {
+        "tiny.en, it": {"LoRA": 2, "LoRA, learning_rate 1e-3": 1}
+    }
+    assert speech_curves.line_through(panels["tiny.en, it"]["LoRA"]) == [(50, 2.5), (100, 1.5)]
+    speech_curves.main([str(tmp_path), str(tmp_path / "curves.svg"), "--model", "tiny_en"])
+    assert "2 lines, 1 panels" in capsys.readouterr().out
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match="hold no curve"):
+        speech_curves.main([str(tmp_path), str(tmp_path / "curves.svg"), "--language", "ru"])
+    with pytest.raises(ValueError, match=r"must end with \.png, \.svg or \.pdf"):
+        speech_curves.main([str(tmp_path), str(tmp_path / "curves.txt")])
 
 
 def test_what_others_print_is_a_note_and_no_row():
