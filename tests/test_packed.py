@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import nn
 
 import vblora
+import vblora.methods
 from vblora import cli, container
 from vblora.bank import at_most_one
 from vblora.files import convert, encoding, layer_names, packed
@@ -594,3 +595,75 @@ def test_a_rank_above_every_width_is_refused_before_anything_is_expanded():
     shapes = [LayerShape(name, 64, 64)]
     with pytest.raises(ValueError, match="r 5000 is above every width"):
         packed.loads(packed.dumps(dataclasses.replace(content, config=config, shapes=shapes, tensors=tensors)))
+
+
+# --- A selection that the seed draws ------------------------------------------------------------------------------
+
+
+def trained(topk, logits_rate, **settings):
+    """An adapter after three steps, and its model."""
+    model = build("stack")
+    config = config_for("vblora", num_vectors=40, vector_length=8, topk=topk, **settings)
+    adapter = vblora.attach(model, config, seed=5)
+    optimizer = vblora.AdamW(vblora.param_groups(model, lr=1e-2, lr_vector_bank=1e-1, lr_logits=logits_rate))
+    for _ in range(3):
+        run(model, make_batch("stack")).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return adapter, model
+
+
+@pytest.mark.parametrize("settings", [{}, {"init_vectors_of_a": 10, "init_logits_std": 3.0}])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_a_selection_that_never_moved_takes_no_bytes(topk, settings, tmp_path):
+    adapter, model = trained(topk, 0.0, **settings)
+    plain = adapter.pack(tmp_path / FILE)
+    short = adapter.pack(tmp_path / "short", selection="seed")
+    rows = len(adapter.topk_indices)
+    assert plain - short > packed_bytes(topk, rows) - 400  # in their place are two codes in the header
+    other = build("stack")
+    loaded = vblora.load(other, tmp_path / "short")
+    assert equal_factors(loaded.layer_factors(), packed.read(tmp_path / FILE).factors())
+    torch.testing.assert_close(run(other, make_batch("stack")), run(model, make_batch("stack")), rtol=0, atol=1e-6)
+    assert packed.dumps(packed.read(tmp_path / "short"), selection="seed") == (tmp_path / "short").read_bytes()
+
+
+def packed_bytes(topk, rows):
+    """Of 6-bit indices and float32 weights, which deflate little."""
+    return rows * topk * 6 // 8 + rows * (topk - 1) * 3
+
+
+def test_a_selection_that_was_trained_is_not_left_out(tmp_path):
+    adapter, _ = trained(2, 1.0)
+    with pytest.raises(ValueError, match="not the one that the adapter's seed draws"):
+        adapter.pack(tmp_path / FILE, selection="seed")
+    with pytest.raises(ValueError, match="selection is one of indices, seed"):
+        adapter.pack(tmp_path / FILE, selection="none")
+    with pytest.raises(ValueError, match="no seed is known"):
+        packed.dumps(dataclasses.replace(adapter.content(), init_seed=None), selection="seed")
+    with pytest.raises(ValueError, match="tied_lora has no selection to draw again"):
+        adapt(build("stack"), "tied_lora").pack(tmp_path / FILE, selection="seed")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_draw_is_refused(tmp_path, monkeypatch):
+    """As on a processor on which PyTorch draws normal numbers otherwise; and what a stranger's file may ask for."""
+    adapter, _ = trained(1, 0.0)
+    adapter.pack(tmp_path / FILE, selection="seed")
+    monkeypatch.setattr(packed.drawn, "MOST_DRAWN", 100)
+    with pytest.raises(ValueError, match="logits are more than the 100 drawn for a file"):
+        packed.read(tmp_path / FILE)
+    monkeypatch.undo()
+    draw = packed.drawn.draw
+    monkeypatch.setattr(packed.drawn, "draw", lambda config, of_a, seed: draw(config, of_a, seed + 1))
+    with pytest.raises(ValueError, match="this processor draws another one than the file's"):
+        vblora.load(build("stack"), tmp_path / FILE)
+
+
+def test_the_command_leaves_a_drawn_selection_out(tmp_path, capsys):
+    adapter, _ = trained(1, 0.0)
+    adapter.pack(tmp_path / FILE)
+    for name, more in (("plain", []), ("short", ["--selection", "seed"])):
+        assert cli.main(["pack", str(tmp_path / FILE), str(tmp_path / name), *more]) == 0
+    assert (tmp_path / "short").stat().st_size < (tmp_path / "plain").stat().st_size
+    assert "largest error of a factor's entry 0" in capsys.readouterr().out

@@ -338,13 +338,14 @@ class Adapter(ForwardPath):
 
         write_directory(self.content(form), directory, format)
 
-    def pack(
-        self, path: str | Path, *, bank: str = "lossless", weights: str | int = "lossless", heads: str = "lossless"
-    ) -> int:
-        """Write the adapter, with its `modules_to_save`, as one small file: see `vblora.files.packed.write`."""
+    def pack(self, path: str | Path, **settings: Any) -> int:
+        """Write the adapter, with its `modules_to_save`, as one small file.
+
+        `settings` are those of `vblora.files.packed.write`: bank, weights, heads, selection. Returns the file's bytes.
+        """
         from vblora.files import packed
 
-        return packed.write(self.content(), path, bank=bank, weights=weights, heads=heads)
+        return packed.write(self.content(), path, **settings)
 
     def export_lora(self, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.files.lora`."""

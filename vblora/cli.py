@@ -119,6 +119,12 @@ def _add_pack(commands: Any) -> None:
         help="type of the vector bank; shared: in a file of its own beside FILE, for all adapters with the same bank",
     )
     pack.add_argument("--weights", choices=("lossless", "16", "8"), default="lossless", help="bits of a weight")
+    pack.add_argument(
+        "--selection",
+        choices=("indices", "seed"),
+        default="indices",
+        help="seed: leave out a selection that never moved, which the adapter's seed draws again",
+    )
     pack.add_argument("--heads", choices=types, default="lossless", help="type of modules_to_save")
     pack.add_argument("--model", metavar="MODEL", help="the base model's folder or name, where DIR names no layers")
     pack.set_defaults(run=_pack)
@@ -170,7 +176,8 @@ def _pack(arguments: argparse.Namespace) -> str:
     before = source if source.is_file() else source / TENSOR_FILE
     content = _read_adapter(source, arguments.model)
     size = before.stat().st_size
-    packed.write(content, file, bank=arguments.bank, weights=weights, heads=arguments.heads)
+    chosen = {"bank": arguments.bank, "heads": arguments.heads, "selection": arguments.selection}
+    packed.write(content, file, weights=weights, **chosen)
     loss, now = convert.compare(content, packed.read(file)), file.stat().st_size
     lines = [f"{before}: {size:,} bytes", f"{file}: {now:,} bytes, {now / size:.1%}"]
     if loss is not None:

@@ -35,6 +35,7 @@ def pack_directory(
     bank: str = "lossless",
     weights: str | int = "lossless",
     heads: str = "lossless",
+    selection: str = "indices",
 ) -> Content:
     """Write the adapter in a directory as a packed file.
 
@@ -43,7 +44,7 @@ def pack_directory(
         file: by convention NAME.vblora.safetensors.
         model: the base model; its weights may be on the meta device (`vblora.models.empty_model`). It is needed for
             our own format only, as PEFT's names every layer in its file.
-        bank, weights, heads: as in `packed.write`.
+        bank, weights, heads, selection: as in `packed.write`.
 
     Returns:
         What was in the directory.
@@ -52,7 +53,7 @@ def pack_directory(
         ValueError: the directory is damaged, or the model is needed or does not fit. Nothing is written then.
     """
     content = read_directory(directory, model)
-    packed.write(content, file, bank=bank, weights=weights, heads=heads)
+    packed.write(content, file, bank=bank, weights=weights, heads=heads, selection=selection)
     return content
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vblora.bank import at_most_one
 from vblora.config import TensorSpec
 from vblora.container import FLOATS, Raw, is_count
+from vblora.files import drawn
 from vblora.files.content import check_floats
 from vblora.files.encoding import bits_for, from_int8, from_planes, from_steps, packed_bytes, unpack_bits
 from vblora.files.shared_bank import file_of, is_key
@@ -22,19 +23,27 @@ SCALE_PREFIX = "scale."
 class Reader:
     """Takes the tensors of a file one by one; sizes are compared before anything is decoded.
 
-    `bank_of` gives a bank that is in another file by its key.
+    `bank_of` gives a bank that is in another file by its key, `draw` the selection that the file's seed draws.
     """
 
     def __init__(
-        self, raws: dict[str, Raw], codes: dict[str, Any], bank_of: Callable[[str], Tensor] | None = None
+        self,
+        raws: dict[str, Raw],
+        codes: dict[str, Any],
+        bank_of: Callable[[str], Tensor] | None,
+        draw: Callable[[], dict[str, Tensor]],
     ) -> None:
         self.raws = raws
         self.codes = dict(codes)
         self.bank_of = bank_of
+        self._draw = draw
+        self._drawn: dict[str, Tensor] = {}
         self.stored: dict[str, tuple[str, int]] = {}
 
     def take(self, name: str, spec: TensorSpec) -> Tensor:
         """A tensor of the adapter."""
+        if name in drawn.SELECTION and drawn.is_code(self.codes.get(name)):
+            return self._drawn_again(name, spec.shape)
         if name == "topk_indices":
             assert spec.below is not None
             return self._indices(name, spec.shape, bits_for(spec.below))
@@ -59,6 +68,18 @@ class Reader:
     def require_empty(self) -> None:
         if rest := sorted(self.raws.keys() | self.codes.keys()):
             raise ValueError(f"these tensors belong to no adapter of these settings: {', '.join(rest[:5])}")
+
+    def _drawn_again(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        code = self.codes.pop(name)
+        self._drawn = self._drawn or self._draw()
+        tensor = self._drawn[name]
+        if tuple(tensor.shape) != shape or drawn.code_of(tensor) != code:
+            raise ValueError(
+                f"{name} is left out to be drawn from the seed, and this processor draws another one than the file's: "
+                "have it packed with its indices (vblora pack FILE OTHER --selection indices, where it can be read)"
+            )
+        self.stored[name] = ("drawn from the seed", 0)
+        return tensor
 
     def _pop(self, name: str, how: str) -> Raw:
         if name not in self.raws:

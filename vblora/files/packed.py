@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vblora.base_weights import read_sample
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
-from vblora.files import shared_bank
+from vblora.files import drawn, shared_bank
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, Reader
 from vblora.files.directory import HEAD_PREFIX
@@ -33,6 +33,7 @@ HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = ("lossless", *FLOAT_TYPES, "int8")
 SHARED = "shared"
+SELECTIONS = ("indices", "seed")
 WEIGHTS: tuple[str | int, ...] = ("lossless", 16, 8)
 KEYS = {"version", "method", "config", "layers", "fingerprint", "codes", "base_model", "init_seed", "conv1d"}
 
@@ -50,6 +51,7 @@ def write(
     bank: str = "lossless",
     weights: str | int = "lossless",
     heads: str = "lossless",
+    selection: str = "indices",
 ) -> int:
     """Write an adapter, with its heads, as one packed file; what was there is replaced in one step.
 
@@ -61,6 +63,8 @@ def write(
             it that is called by its checksum, once for all adapters that have the same bank.
         weights: "lossless", 16 or 8: bits of a weight of the admixture.
         heads: as `bank`, but not shared; int8 with a scale per row, for matrices only.
+        selection: "seed" leaves out the indices (and weights) that the adapter's seed draws again, where the selection
+            never moved (k = 1, or logits that were not trained). Readers need a processor that draws as this one.
 
     Returns:
         The file's bytes, without those of a shared bank.
@@ -70,7 +74,7 @@ def write(
     """
     path, content = Path(path), _content_of(content)
     check_rank(content.config.r, content.shapes)
-    data = dumps(content, bank=bank, weights=weights, heads=heads)
+    data = dumps(content, bank=bank, weights=weights, heads=heads, selection=selection)
     if bank == SHARED:
         shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
     with replacing(path) as temporary:
@@ -116,14 +120,18 @@ def dumps(
     bank: str = "lossless",
     weights: str | int = "lossless",
     heads: str = "lossless",
+    selection: str = "indices",
 ) -> bytes:
     """The bytes that `write` writes."""
     content = _content_of(content)
-    _check_settings(content.config, bank, weights, heads)
+    _check_settings(content.config, bank, weights, heads, selection)
     check_tensors(content.tensors, _spec(content.config, content.shapes))
     raws: dict[str, Raw] = {}
     codes: dict[str, Any] = {}
     tensors = dict(content.tensors)
+    if selection == "seed":
+        codes |= _drawn_again(content)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in drawn.SELECTION}
     if weights != "lossless" and "topk_weights" in tensors:
         tensors |= _heaviest_first(tensors["topk_indices"], tensors["topk_weights"])
     for name, tensor in tensors.items():
@@ -147,10 +155,29 @@ def _content_of(source: Content | HasContent) -> Content:
     return source if isinstance(source, Content) else source.content()
 
 
-def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads: str) -> None:
-    for what, value, known in (("bank", bank, (*TYPES, SHARED)), ("heads", heads, TYPES)):
+def _drawn_again(content: Content) -> dict[str, Any]:
+    """The codes of a selection that the adapter's seed draws again.
+
+    Raises:
+        ValueError: it does not.
+    """
+    assert isinstance(content.config, VBLoRAConfig)
+    again = drawn.selection_of(content.config, content.shapes, content.init_seed)
+    if not all(torch.equal(content.tensors[name].cpu().to(again[name].dtype), again[name]) for name in drawn.SELECTION):
+        raise ValueError(
+            "the selection is not the one that the adapter's seed draws: leave selection at 'indices'; of a directory "
+            "in PEFT's format, which has the layers in another order, give the model too (vblora pack --model MODEL)"
+        )
+    return {name: drawn.code_of(tensor) for name, tensor in again.items() if tensor.numel()}
+
+
+def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads: str, selection: str) -> None:
+    choices = (("bank", bank, (*TYPES, SHARED)), ("heads", heads, TYPES), ("selection", selection, SELECTIONS))
+    for what, value, known in choices:
         if value not in known:
             raise ValueError(f"{what} is one of {', '.join(known)}, not {value!r}")
+    if type(config) is not VBLoRAConfig and selection == "seed":
+        raise ValueError(f"{config.method} has no selection to draw again: leave selection at 'indices'")
     if type(config) is not VBLoRAConfig and bank == SHARED:
         raise ValueError(f"{config.method} has no bank to share")
     if weights not in WEIGHTS:
@@ -263,7 +290,7 @@ def _read(
     check_rank(config.r, shapes)
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
         raise ValueError("the header's fingerprint is not that of the layers that it names")
-    reader = Reader(raws, header["codes"], bank_of)
+    reader = Reader(raws, header["codes"], bank_of, lambda: _draw(config, shapes, header.get("init_seed")))
     tensors = {name: reader.take(name, spec) for name, spec in _spec(config, shapes).items()}
     heads = {name.removeprefix(HEAD_PREFIX): reader.head(name) for name in list(raws) if name.startswith(HEAD_PREFIX)}
     reader.require_empty()
@@ -271,6 +298,12 @@ def _read(
     base, seed = header.get("base_model"), header.get("init_seed")
     conv1d, sample = header.get("conv1d", False), read_sample(metadata)
     return Content(config, shapes, tensors, heads, base, seed, conv1d, reader.stored, sample)
+
+
+def _draw(config: AdapterConfig, shapes: Sequence[LayerShape], seed: int | None) -> dict[str, Tensor]:
+    if type(config) is not VBLoRAConfig:
+        raise ValueError(f"{config.method} has no selection that a seed draws")
+    return drawn.selection_of(config, shapes, seed)
 
 
 def _require_packed(metadata: dict[str, str]) -> None:
