@@ -60,9 +60,9 @@ def render(found: Sequence[dict[str, Any]]) -> str:
         stored, scores = record["stored_parameters"], record["scores"]
         metric = scores["metric"]
         lines.append(
-            f"| {record['task']} ({METRICS[metric]}) | {TITLES.get(record['method'], record['method'])} "
-            f"| {stored['parameters']:,} | {stored['bytes']:,} | {scores['last'][metric]:.3f} "
-            f"| {scores['best'][metric]:.3f} | {scores['last']['epoch']:g} |"
+            f"| {record['task']} ({METRICS.get(metric, metric)}) | {TITLES.get(record['method'], record['method'])} "
+            f"| {stored['parameters']:,} | {stored['bytes']:,} | {score(record, 'last'):.3f} "
+            f"| {score(record, 'best'):.3f} | {scores['last']['epoch']:g} |"
         )
     return "\n".join(lines)
 
@@ -141,7 +141,7 @@ def _cell(name: str, group: Sequence[Trial], found: Sequence[dict[str, Any]], ex
 
 def _refuse_mixed_data(trial: Trial, records: Sequence[dict[str, Any]]) -> None:
     """Refuse records of one cell that were made on different numbers of rows: they are not to be compared."""
-    sizes = {tuple(sorted((k, v) for k, v in r.get("data", {}).items() if k != "fingerprint")) for r in records}
+    sizes = {tuple(sorted((k, v) for k, v in (r.get("data") or {}).items() if k != "fingerprint")) for r in records}
     if len(sizes) > 1:
         raise ValueError(
             f"the records of {trial.row} were made on different data ({'; '.join(map(str, map(dict, sizes)))}): "
@@ -150,7 +150,19 @@ def _refuse_mixed_data(trial: Trial, records: Sequence[dict[str, Any]]) -> None:
 
 
 def _percent(record: dict[str, Any], when: str) -> float:
-    return 100 * record["scores"][when][record["scores"]["metric"]]
+    return 100 * score(record, when)
+
+
+def score(record: Mapping[str, Any], when: str) -> float:
+    """A record's score at its "last" or its "best" epoch.
+
+    Raises:
+        ValueError: there is none.
+    """
+    metric, scores = record["scores"]["metric"], record["scores"][when]
+    if not isinstance(scores.get(metric), (int, float)):
+        raise ValueError(f"a record of {record['task']} has no {metric} at its {when} epoch: it is damaged")
+    return scores[metric]
 
 
 def render_cells(cells: Sequence[Cell], experiment: str, format: str, extra: Mapping[str, str] | None = None) -> str:

@@ -17,10 +17,10 @@ import vblora
 from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = ("turns", "adapters", "triton_composition")  # no benchmarks themselves
-# The command itself, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, and one that
-# needs another version.
-NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves", "against")
+SHARED = ("turns", "adapters", "damage", "triton_composition")  # no benchmarks themselves
+# The command itself, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, one that
+# needs another version, and one that damages files.
+NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves", "against", "fuzz")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -213,3 +213,11 @@ def test_pull_is_one_for_orthogonal_gradients_and_n_for_equal_ones(alike, expect
 def test_killed_saves(capsys):
     assert benchmark("killed_saves").main(["--kills", "3"]) == 0
     assert "3 kills" in capsys.readouterr().out
+
+
+def test_fuzz(tmp_path, capsys):
+    record = tmp_path / "fuzz.json"
+    benchmark("fuzz").main(["--cases", "220", "--record", str(record)])
+    found = read_json(record)
+    assert found["wrong"] == {} and sum(sum(kind.values()) for kind in found["outcomes"].values()) == 220
+    assert "packed, shared bank" in capsys.readouterr().out

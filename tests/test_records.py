@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from vblora.io import write_json
 from vblora.trainer import TrainingClock
 from vblora_experiments import records, runs
 
+KINDS = ("glue", "e2e", "instruct", "math", "asr")
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -119,3 +121,41 @@ def test_the_commit_is_this_checkouts():
     if done.returncode:
         pytest.skip("no checkout")
     assert (records.commit() or "").removesuffix("+") == done.stdout.strip()
+
+
+SOUND = {
+    "experiment": "glue",
+    "task": "cola",
+    "method": "vblora",
+    "seed": 0,
+    "settings": {},
+    "scores": {"metric": "accuracy", "last": {"epoch": 2, "accuracy": 0.5}, "best": {"epoch": 1, "accuracy": 0.6}},
+    "stored_parameters": {"parameters": 1, "bytes": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"scores": None}, "scores is None"),
+        ({"scores": {"metric": ["accuracy"], "last": {}, "best": {}}}, r"scores\.metric is \['accuracy'\]"),
+        ({"scores": {"metric": "accuracy", "last": [], "best": {}}}, r"scores\.last is \[\]"),
+        ({"stored_parameters": {"parameters": True, "bytes": 4}}, r"stored_parameters\.parameters is True"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"data": []}, r"data is \[\]"),
+        ({"method": {}}, r"method is \{\}"),
+    ],
+)
+def test_a_damaged_record_is_named_with_what_is_wrong(changed, fault, tmp_path):
+    write_json(tmp_path / "sound.json", SOUND)
+    assert [record for _, record in records.read_files([tmp_path], "glue")] == [SOUND]
+    write_json(tmp_path / "worse.json", SOUND | changed)
+    with pytest.raises(ValueError, match=rf"worse\.json: no record of a run, or a damaged one: {fault}"):
+        records.read_files([tmp_path], "glue")
+    assert records.read_files([tmp_path], "e2e") == []
+
+
+def test_every_record_of_the_repository_is_sound():
+    results = Path(__file__).resolve().parents[1] / "results"
+    found = [records.read_files([f], kind) for f in results.iterdir() if f.is_dir() for kind in KINDS]
+    assert sum(map(len, found)) > 100

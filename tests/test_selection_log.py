@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import vblora
+from vblora.io import read_tensors, write_tensors
 from vblora_experiments.records import SELECTIONS_FILE
 from vblora_experiments.selection_log import SelectionLog, read_log
 
@@ -75,3 +76,30 @@ def test_a_damaged_or_foreign_file_is_refused(logged, tmp_path):
         read_log(path)
     with pytest.raises(ValueError, match="does not exist"):
         read_log(tmp_path / "nonesuch")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("indices", lambda t: t[0], "indices is .* of shape"),
+        ("indices", lambda t: t + 100, "outside the bank"),
+        ("weights", lambda t: t * float("nan"), "weights holds NaN"),
+        ("footprints", lambda t: t[:, :, :0], "footprints is"),
+        ("footprints", lambda t: t.to(torch.int16), "footprints is int16"),
+        ("changes", lambda t: t.repeat(2), "changes is"),
+        ("epochs", lambda t: t.to(torch.int64), "epochs is int64"),
+        ("bank", lambda t: t.T, "bank is"),
+        ("bank", lambda t: t.to(torch.bfloat16), "bank is bfloat16"),
+        ("num_vectors", lambda text: "1" * 5001, "num_vectors"),
+        ("factors", lambda text: "[" * 100_000, "no JSON"),
+        ("factors", lambda text: '[["a", "A"]]', "factors"),
+    ],
+)
+def test_what_is_wrong_with_a_log_is_named(name, change, fault, logged, tmp_path):
+    tensors, metadata = read_tensors(tmp_path / SELECTIONS_FILE)
+    for values in (tensors, metadata):
+        if name in values:
+            values[name] = change(values[name])
+    write_tensors(tmp_path / "changed", tensors, metadata)
+    with pytest.raises(ValueError, match=f"no log of selections, or damaged.*{fault}"):
+        read_log(tmp_path / "changed")

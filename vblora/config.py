@@ -113,11 +113,11 @@ class AdapterConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
 
-    def require_number(self, name: str, *, below: float = math.inf) -> None:
+    def require_number(self, name: str, *, below: float = 2.0**63) -> None:
         """Refuse a field that is no number from 0 up to, and without, `below`."""
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
-            limit = "" if below == math.inf else f" and below {below:g}"
+            limit = "" if below == 2.0**63 else f" and below {below:g}"
             raise ValueError(f"{name} must be a number of at least 0{limit}, not {value!r}")
 
     def require_probability(self, name: str) -> None:

@@ -90,7 +90,7 @@ class Campaign(ABC):
 
     def estimate(self, trial: Any, found: Sequence[dict[str, Any]]) -> tuple[float | None, str]:
         """Minutes that a run may take, and what that is taken from."""
-        of_row = [r["train_seconds"] / 60 for r in found if r.get("row") == trial.row]
+        of_row = [r["train_seconds"] / 60 for r in found if r.get("row") == trial.row and r.get("train_seconds")]
         return (median(of_row), "from this row's records") if of_row else (None, "")
 
     def kept(self, trial: Any, run: str) -> dict[str, str]:

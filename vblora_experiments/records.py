@@ -19,6 +19,25 @@ from vblora.models import RECORD_FILE
 
 PACKAGES = ("vblora", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 SELECTIONS_FILE = "selections.safetensors"
+# What tables read of every record, and of those of one experiment. What may be None older records do not have.
+NUMBER = (int, float)
+RECORD: dict[str, Any] = {
+    "method": str,
+    "model": (str, type(None)),
+    "seed": int,
+    "settings": dict,
+    "scores": dict,
+    "overrides": (dict, type(None)),
+    "stored_parameters": {"parameters": int, "bytes": int},
+    "train_seconds": (int, float, type(None)),
+}
+EPOCH = {"epoch": NUMBER}
+OF_EXPERIMENT: dict[str, dict[str, Any]] = {
+    "glue": {"task": str, "data": (dict, type(None)), "scores": {"metric": str, "last": EPOCH, "best": EPOCH}},
+    "e2e": {"quick_scores": list},
+    "instruct": {"held_out_losses": list},
+    "asr": {"language": str, "test": {"cut": int, "clips": int, "rates": dict}},
+}
 
 
 def environment() -> dict[str, Any]:
@@ -71,13 +90,28 @@ def read_files(paths: Sequence[Path], experiment: str) -> list[tuple[Path, dict[
     """The records of one kind of experiment in these files and folders, each with its file.
 
     Raises:
-        ValueError: a file or folder does not exist.
+        ValueError: a file or folder does not exist, or a record lacks what tables are made of.
     """
     for path in paths:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
     files = [f for path in paths for f in (_record_files(path) if path.is_dir() else [path])]
-    return [(file, record) for file in files if (record := read_json(file)).get("experiment") == experiment]
+    found = [(file, record) for file in files if (record := read_json(file)).get("experiment") == experiment]
+    for file, record in found:
+        if fault := fault_of(record, RECORD | OF_EXPERIMENT.get(experiment, {})):
+            raise ValueError(f"{file}: no record of a run, or a damaged one: {fault}")
+    return found
+
+
+def fault_of(value: Any, shape: Any, name: str = "") -> str | None:
+    """What a value from JSON lacks of a shape: of a dictionary its keys, of anything else its types."""
+    if not isinstance(shape, dict):
+        good = isinstance(value, shape) and not isinstance(value, bool)
+        return None if good else f"{name} is {value!r:.80}"
+    if not isinstance(value, dict):
+        return f"{name} is {value!r:.80}"
+    faults = (fault_of(value.get(key), part, f"{name}.{key}".lstrip(".")) for key, part in shape.items())
+    return next((fault for fault in faults if fault), None)
 
 
 def _record_files(folder: Path) -> list[Path]:

@@ -17,6 +17,8 @@ checkpoint within an epoch has three more, of the running epoch: footprint (N, h
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +28,8 @@ from torch import Tensor, nn
 from transformers import TrainerState
 
 from vblora.bank import Layout, smallest_index_dtype
-from vblora.io import read_tensors, write_tensors
+from vblora.container import is_count, parse_json
+from vblora.io import describe_dtype, read_tensors, write_tensors
 from vblora.trainer import KeptWithCheckpoints
 from vblora_experiments.records import SELECTIONS_FILE
 
@@ -146,14 +149,11 @@ def read_log(path: Path) -> Selections:
     if missing := [name for name in names if name not in tensors]:
         raise ValueError(f"{path}: no log of a whole epoch's selections: {', '.join(missing)} missing")
     try:
-        num_vectors = int(metadata["num_vectors"])
-        factors = [(str(layer), str(factor), int(rows)) for layer, factor, rows in json.loads(metadata["factors"])]
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: no log of selections: {error!r} in its metadata") from error
+        num_vectors, factors = _read_metadata(metadata)
+        _check_log(tensors, num_vectors, sum(rows for _, _, rows in factors))
+    except ValueError as error:
+        raise ValueError(f"{path}: no log of selections, or damaged: {error}") from error
     arrays = {name: tensors[name].numpy() for name in names}
-    n = sum(rows for _, _, rows in factors)
-    if any(arrays[name].shape[1] != n for name in ("indices", "weights", "footprints")):
-        raise ValueError(f"{path}: the tensors do not have the {n} sub-vectors that the metadata names")
     bits = np.unpackbits(arrays["footprints"], axis=2)[:, :, :num_vectors].astype(bool)
     return Selections(
         arrays["indices"].astype(np.int64),
@@ -164,3 +164,42 @@ def read_log(path: Path) -> Selections:
         arrays["bank"].astype(np.float64),
         factors,
     )
+
+
+def _read_metadata(metadata: Mapping[str, str]) -> tuple[int, list[tuple[str, str, int]]]:
+    """The vectors of the bank, and each factor with its sub-vectors."""
+    count, listed = metadata.get("num_vectors", ""), parse_json(metadata.get("factors", ""))
+    if not re.fullmatch(r"[1-9]\d{0,8}", count, re.ASCII):
+        raise ValueError(f"num_vectors {count!r:.80} in its metadata")
+    if not isinstance(listed, list) or not all(_is_factor(entry) for entry in listed):
+        raise ValueError(f"factors {listed!r:.80} in its metadata")
+    return int(count), [(layer, factor, rows) for layer, factor, rows in listed]
+
+
+def _is_factor(entry: Any) -> bool:
+    good = isinstance(entry, list) and [type(part) for part in entry] == [str, str, int]
+    return good and entry[1] in ("A", "B") and is_count(entry[2], 2**31)
+
+
+def _check_log(tensors: Mapping[str, Tensor], h: int, n: int) -> None:
+    """Hold a log's tensors to what stands above, for n sub-vectors."""
+    indices, bank, epochs = tensors["indices"], tensors["bank"], tensors["epochs"].numel() - 1
+    k, b = indices.shape[-1] if indices.dim() else 0, bank.shape[-1] if bank.dim() else 0
+    shapes = {
+        "indices": (epochs + 1, n, k),
+        "weights": (epochs + 1, n, k),
+        "footprints": (epochs, n, -(-h // 8)),
+        "changes": (epochs,),
+        "epochs": (epochs + 1,),
+        "bank": (h, b),
+    }
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.is_floating_point() != (name in ("weights", "epochs", "bank")):
+            raise ValueError(f"{name} is {describe_dtype(tensor)} of shape {tuple(tensor.shape)} and not of {shape}")
+        if tensor.dtype in (torch.bfloat16, torch.bool) or (name == "footprints" and tensor.dtype != torch.uint8):
+            raise ValueError(f"{name} is {describe_dtype(tensor)}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite numbers")
+    if epochs < 1 or not n or not k or (indices.long() < 0).any() or (indices.long() >= h).any():
+        raise ValueError(f"an index lies outside the bank of {h} vectors, or there is none")

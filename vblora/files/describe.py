@@ -149,7 +149,7 @@ def selections(tensors: dict[str, Tensor], config: VBLoRAConfig) -> Iterator[tup
             continue
         if indices.numel() and (indices.min() < 0 or indices.max() >= config.num_vectors):
             raise ValueError(f"{name}: an index lies outside the bank of {config.num_vectors} vectors")
-        if indices.shape != weights.shape:
+        if indices.shape != weights.shape or indices.shape[-1] != config.topk:
             raise ValueError(f"{name}: shape {tuple(indices.shape)} beside weights of {tuple(weights.shape)}")
         yield indices.reshape(-1, config.topk), weights.reshape(-1, config.topk)
 
