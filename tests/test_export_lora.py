@@ -235,7 +235,7 @@ def test_mistakes_are_one_line(base, tmp_path, capsys):
     out, some = tmp_path / "out", ("--adapter", tmp_path / "adapter")
     for arguments, message in [
         ((base, out), "is no run with an adapter"),
-        ((base, out, *some, "--to", "gguf"), "invalid choice: 'gguf'"),
+        ((base, out, *some, "--to", "onnx"), "invalid choice: 'onnx'"),
         ((base, out, *some, "--dtype", "int8"), "invalid choice: 'int8'"),
         ((base, tmp_path / "taken", *some), "exists: remove it"),
         ((base, out, "--adapter", tmp_path), "there is no adapter_config.json in it"),

@@ -139,15 +139,16 @@ def _add_pack(commands: Any) -> None:
 def _add_export(commands: Any) -> None:
     export = commands.add_parser(
         "export",
-        help="an adapter as plain LoRA, for PEFT, vLLM and SGLang",
-        description="Write an adapter as a directory of plain LoRA with the very same outputs. A packed file needs "
-        "nothing else, unless it is LoRA-XS; other adapters need their model.",
+        help="an adapter as plain LoRA, for PEFT, vLLM, SGLang and llama.cpp",
+        description="Write an adapter as a directory of plain LoRA with the very same outputs, or as one GGUF file for "
+        "llama.cpp and Ollama. A packed file needs nothing else for a directory, unless it is LoRA-XS; other adapters, "
+        "and GGUF, need their model.",
     )
     export.add_argument("model", metavar="RUN_OR_MODEL", help="a training's output folder, a model, or a packed file")
-    export.add_argument("output", metavar="OUTPUT", help="the folder to write; it must not exist")
+    export.add_argument("output", metavar="OUTPUT", help="the folder to write, which must not exist; or the .gguf file")
     export.add_argument("--adapter", metavar="DIR", help="the adapter, where the first argument is a model")
     export.add_argument("--model_name_or_path", metavar="MODEL", help="a run's base model; as in training unless given")
-    export.add_argument("--to", choices=("lora",), default="lora", help="the format")
+    export.add_argument("--to", choices=("lora", "gguf"), default="lora", help="the format")
     types = ("float32", "float16", "bfloat16")
     export.add_argument("--dtype", choices=types, default="float32", help="of the factors in the file")
     export.set_defaults(run=_export)
@@ -237,7 +238,7 @@ def _export(arguments: argparse.Namespace) -> str:
         raise ValueError(f"export needs transformers: pip install transformers ({error})") from error
     adapter = Path(arguments.adapter) if arguments.adapter else None
     tuned = Tuned.of(arguments.model, adapter=adapter, base=arguments.model_name_or_path)
-    return str(write_exported(tuned, output, dtype))
+    return str(write_exported(tuned, output, dtype, arguments.to))
 
 
 def _export_packed(source: Any, output: Any, dtype: Any, arguments: argparse.Namespace) -> str:
@@ -246,8 +247,11 @@ def _export_packed(source: Any, output: Any, dtype: Any, arguments: argparse.Nam
     if arguments.adapter or arguments.model_name_or_path:
         raise ValueError(f"{source} is the adapter, with all it needs: leave --adapter and --model_name_or_path out")
     content = packed.read(source)
-    if content.config.method == "lora_xs":
-        raise ValueError(f"LoRA-XS needs its model's weights: vblora export MODEL {output} --adapter {source}")
+    needs = {"lora_xs": "LoRA-XS needs its model's weights"}.get(content.config.method)
+    if arguments.to == "gguf":
+        needs = "a GGUF file needs its model's configuration"
+    if needs:
+        raise ValueError(f"{needs}: vblora export MODEL {output} --adapter {source} --to {arguments.to}")
     lora.export(content, output, dtype=dtype)
     return str(output)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from vblora.adapter import load as load_adapter
 from vblora.config import AdapterConfig
-from vblora.files import convert, packed
+from vblora.files import convert, gguf_lora, packed
 from vblora.files.content import Content
 from vblora.files.directory import CONFIG_FILE, METHOD_KEY
 from vblora.files.lora import export
@@ -258,12 +258,13 @@ def write_merged(tuned: Tuned, output: Path, original_weights: bool = False) -> 
     return output
 
 
-def write_exported(tuned: Tuned, output: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write the adapter as a directory of plain LoRA. The base model's weights are read for LoRA-XS alone.
+def write_exported(tuned: Tuned, output: Path, dtype: torch.dtype = torch.float32, to: str = "lora") -> Path:
+    """Write the adapter as plain LoRA: a directory, or `to` "gguf" a file for llama.cpp. The base model's weights are
+    read for LoRA-XS alone.
 
     Raises:
         ValueError: there is no adapter, it is one of PEFT's other methods, or it does not fit the model; or as in
-            `vblora.files.lora.export`.
+            `vblora.files.lora.export` or `vblora.files.gguf_lora.export`.
     """
     adapter = tuned.adapter
     if adapter is None:
@@ -273,12 +274,16 @@ def write_exported(tuned: Tuned, output: Path, dtype: torch.dtype = torch.float3
     if adapter.is_dir() and read_json(adapter / CONFIG_FILE).get("peft_type") == "LORA":
         raise ValueError(f"{adapter} is PEFT's LORA already: use it as it is")
     content = read_adapter(adapter, tuned.base)
+    content, factors = replace(content, base_model=tuned.base), None
     if isinstance(content.config, LoRAXSConfig):
         model = load_model(tuned.weights, tuned.dtype, tuned.bits)
-        load_adapter(model, adapter).export_lora(output, dtype=dtype)
+        factors = load_adapter(model, adapter).layer_factors()
+    if to == "gguf":
+        from transformers import AutoConfig
+
+        gguf_lora.export(content, output, AutoConfig.from_pretrained(tuned.base).to_dict(), factors, dtype=dtype)
     else:
-        task = None if content.heads else "CAUSAL_LM"
-        export(replace(content, base_model=tuned.base), output, dtype=dtype, task_type=task)
+        export(content, output, factors, dtype=dtype, task_type=None if content.heads else "CAUSAL_LM")
     return output
 
 

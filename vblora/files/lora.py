@@ -103,8 +103,8 @@ def write_lora(
     r = max(a.shape[0] for a, _ in factors.values())
     tensors = {PREFIX + name: t for name, t in (heads or {}).items()}
     for name, (a, b) in factors.items():
-        padded = _padded(name, a, b, r, dtype)
-        tensors |= {f"{PREFIX}{name}.lora_{letter}.weight": t for letter, t in zip("AB", padded, strict=True)}
+        pair = padded(name, a, b, r, dtype)
+        tensors |= {f"{PREFIX}{name}.lora_{letter}.weight": t for letter, t in zip("AB", pair, strict=True)}
     settings: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
@@ -181,20 +181,20 @@ def target_modules(config: AdapterConfig, names: list[str]) -> list[str]:
     return wanted if all(name in wanted or name.endswith(ends) for name in names) else names
 
 
-def _padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r), filled up with zeros where their rank is lower."""
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
         raise ValueError(
             f"{name}: A of shape {tuple(a.shape)} and B of shape {tuple(b.shape)} must be (r, in) and (out, r)"
         )
     missing = r - a.shape[0]
-    padded = (
+    pair = (
         torch.nn.functional.pad(a.detach().to("cpu", dtype), (0, 0, 0, missing)),
         torch.nn.functional.pad(b.detach().to("cpu", dtype), (0, missing)),
     )
-    if not all(torch.isfinite(t).all() for t in padded):
+    if not all(torch.isfinite(t).all() for t in pair):
         raise ValueError(f"{name}: its factors have numbers that {dtype} cannot hold: use another dtype")
-    return padded
+    return pair
 
 
 def task_type_of(model: nn.Module) -> str | None:
