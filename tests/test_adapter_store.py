@@ -304,3 +304,20 @@ def test_what_a_failed_batch_composed_is_let_go(served):
     with pytest.raises(ValueError, match="no adapter 'nobody'"), store.rows(["one", "nobody"]):
         pass
     assert store.resident_bytes() == 0
+
+
+def test_a_batch_that_ends_in_an_error_leaves_no_more_adapters_than_any_other(tmp_path):
+    make, configs = SETTINGS["llama"]
+    model = make()
+    adapter = loud(vblora.attach(model, configs["two"], seed=0))
+    names = [f"user{i}" for i in range(9)]
+    for name in names:
+        adapter.pack(tmp_path / f"{name}.safetensors")
+    adapter.detach()
+    store = vblora.AdapterStore(model, tmp_path, max_composed=2)
+    with pytest.raises(RuntimeError, match="of the batch"), store.rows(names):
+        raise RuntimeError("of the batch")
+    assert len(store._composed) == 2
+    with pytest.raises(ValueError, match="no adapter 'nobody'"), store.rows([*names, "nobody"]):
+        pass
+    assert len(store._composed) == 2

@@ -169,4 +169,4 @@ def test_a_name_that_matches_nothing_beside_others_is_warned_of(field):
     names = {"target_modules": ["query", "value"]}
     names[field] = ["query", "vaule"] if field == "target_modules" else ["vaule"]
     with pytest.warns(UserWarning, match=f"{field}: no module is called vaule"):
-        find_targets(build("bert"), vblora.VBLoRAConfig(**names))
+        vblora.attach(build("bert"), vblora.VBLoRAConfig(r=4, num_vectors=8, vector_length=16, **names))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
-from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts
+from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts, warn_of_idle_names
 from vblora.merging import check_in_place, check_mergeable, stand_aside, stand_in
 from vblora.shapes import Count, LayerShape, check_rank
 from vblora.targets import (
@@ -62,6 +62,7 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
         known = ", ".join(sorted(c.__name__ for c in Adapter.methods))
         raise ValueError(f"attach takes one of {known}, not {type(config).__name__}")
     targets = find_targets(model, config)
+    warn_of_idle_names(model, config)
     warn_of_experts(model, config)
     saved = with_tied(model, find_saved(model, config))
     if len(saved) > len(find_saved(model, config)):

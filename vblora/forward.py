@@ -11,6 +11,7 @@ the factors it had, and the reentrant form, whose first backward uses the graph 
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from vblora.bank import Factors
 from vblora.config import AdapterConfig
-from vblora.low_rank import add_low_rank, add_low_rank_, is_traced, without_autocast
+from vblora.low_rank import add_low_rank, add_low_rank_, add_to_parts, in_backward, is_traced, without_autocast
 from vblora.shapes import LayerShape
 
 
@@ -38,10 +39,9 @@ class ForwardPath(nn.Module):
         self._home: tuple[nn.Module, str] | None = None  # in a tuple, or nn.Module would register the model
         self.merged = False
         self.enabled = True
-        self._composition: _Composition | None = None
+        self._passes = _Passes()
+        self._latest = self._passes.own  # of whatever thread
         self._composed: list[Factors] | None = None  # for compiled layers: the factors of the running pass
-        self._pass_has_graph = False  # the running forward pass of the whole model began with gradients
-        self._to_visit: set[int] = set()  # layers that reentrant checkpointing is to call again, in the backward pass
 
     @property
     def home(self) -> tuple[nn.Module, str]:
@@ -61,11 +61,18 @@ class ForwardPath(nn.Module):
     @property
     def went_backward(self) -> bool:
         """Whether a backward pass has been through the factors as they are composed now."""
-        return self._composition is not None and self._composition.used
+        return self._pass.composition is not None and self._pass.composition.used
 
     def forget(self) -> None:
-        """Let go of what was composed: the parameters are about to change."""
-        self._composition = self._composed = None
+        """Let go of what was composed, in all threads: the parameters are about to change."""
+        self._passes, self._composed = _Passes(), None
+        self._latest = self._passes.own
+
+    @property
+    def _pass(self) -> _Pass:
+        """This thread's pass. On a GPU the backward pass, and what it recomputes, has a thread of its own."""
+        own = self._passes.own
+        return self._latest if own.composition is None and in_backward() else own
 
     def train(self, mode: bool = True) -> ForwardPath:
         """As nn.Module's. What was written through `.data`, which PyTorch does not count, is seen here at last."""
@@ -118,31 +125,32 @@ class ForwardPath(nn.Module):
         want_graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         new_pass = layer is None
         state = self.state_key()
-        last = self._composition
+        mine = self._pass
+        last = mine.composition
         if new_pass:
-            if self._to_visit and last is not None and last.used:
-                self._warn_of_no_gradient()
-            self._to_visit.clear()
-            self._pass_has_graph = want_graph
+            if mine.to_visit and last is not None and last.used:
+                self._warn_of_no_gradient(mine.to_visit)
+            mine.to_visit.clear()
+            mine.has_graph = want_graph
+            self._latest = mine
         if (
             last is None
             or last.used
             or last.state != state
             or (want_graph and (new_pass or not last.has_graph or (layer in last.to_recompute and in_backward())))
         ):
-            self._composition = _Composition(self, state, want_graph)
-        assert self._composition is not None
-        if layer is not None and self._pass_has_graph and not want_graph:
-            self._composition.to_recompute.add(layer)
-            self._to_visit.add(layer)
-        elif self._to_visit and layer is not None and in_backward():
-            self._to_visit.discard(layer)
-        return self._composition
+            last = mine.composition = _Composition(self, state, want_graph)
+        if layer is not None and mine.has_graph and not want_graph:
+            last.to_recompute.add(layer)
+            mine.to_visit.add(layer)
+        elif mine.to_visit and layer is not None and in_backward():
+            mine.to_visit.discard(layer)
+        return last
 
-    def _warn_of_no_gradient(self) -> None:
-        layers = ", ".join(self.shapes[index].name for index in sorted(self._to_visit)[:3])
+    def _warn_of_no_gradient(self, to_visit: set[int]) -> None:
+        layers = ", ".join(self.shapes[index].name for index in sorted(to_visit)[:3])
         warnings.warn(
-            f"reentrant gradient checkpointing gave no gradient to {len(self._to_visit)} adapted layers ({layers}, "
+            f"reentrant gradient checkpointing gave no gradient to {len(to_visit)} adapted layers ({layers}, "
             'and so on): use the other form, model.gradient_checkpointing_enable({"use_reentrant": False})',
             stacklevel=2,
         )
@@ -168,18 +176,8 @@ class ForwardPath(nn.Module):
             if self.outputs[self.shapes[indices[0]].name] == slice(None):
                 add = add_low_rank_ if in_place and not traced else add_low_rank
                 return add(output, x, *factors[indices[0]])
-            return self._add_to_parts(output, x, indices, factors)
-
-    def _add_to_parts(self, output: Tensor, x: Tensor, indices: list[int], factors: Any) -> Tensor:
-        """The same for a layer that is several in one (`split_modules`)."""
-        hidden = F.linear(x, torch.cat([factors[i][0] for i in indices]))  # (..., parts * r)
-        parts = hidden.reshape(-1, hidden.shape[-1]).split(self.config.r, dim=-1)
-        flat = output.reshape(-1, output.shape[-1])
-        sums = list(flat.split(self.shapes[indices[0]].out_features, dim=-1))  # parts are equally wide
-        for index, part in zip(indices, parts, strict=True):
-            at = self.outputs[self.shapes[index].name].start // self.shapes[index].out_features
-            sums[at] = torch.addmm(sums[at], part, factors[index][1])
-        return torch.cat(sums, dim=-1).view(output.shape)
+            starts = [self.outputs[self.shapes[index].name].start for index in indices]
+            return add_to_parts(output, x, [factors[index] for index in indices], starts)
 
     def _traced_factors(self, indices: list[int], dtype: torch.dtype, device: torch.device) -> dict[int, Factors]:
         """While PyTorch traces (`is_traced`): what was composed before the first layer, with none of the bookkeeping.
@@ -202,7 +200,26 @@ class ForwardPath(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # The composition is a cache with a graph in it: neither can nor should be copied.
-        return {**self.__dict__, "_composition": None, "_composed": None}
+        return {**self.__dict__, "_passes": (passes := _Passes()), "_latest": passes.own, "_composed": None}
+
+
+class _Pass:
+    """A forward pass of the whole model in one thread."""
+
+    def __init__(self) -> None:
+        self.composition: _Composition | None = None
+        self.has_graph = False  # it began with gradients
+        self.to_visit: set[int] = set()  # layers that reentrant checkpointing is to call again, in the backward pass
+
+
+class _Passes(threading.local):
+    """The passes of all threads: two that run the model at once must not use up each other's graph."""
+
+    def __init__(self) -> None:
+        self.own = _Pass()
+
+    def __reduce__(self) -> Any:
+        return _Passes, ()
 
 
 class _Composition:
@@ -271,8 +288,3 @@ class _Joint(torch.autograd.Function):
             if (adapter := composition._adapter()) is not None:
                 adapter._composed = None  # a step has probably followed when a compiled layer is called by itself
         return (None, *gradients)
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running."""
-    return torch._C._current_graph_task_id() != -1

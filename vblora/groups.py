@@ -37,8 +37,8 @@ def param_groups(
         weight_decay: AdamW's, for "adapter" and "weights".
 
     Raises:
-        ValueError: nothing is trainable, a layer was replaced, logits are not whole (`vblora.whole`), a rate is
-            missing, or one is given for parameters that there are none of.
+        ValueError: nothing is trainable, the adapter is frozen, a layer was replaced, logits are not whole
+            (`vblora.whole`), a rate is missing, or one is given for parameters that there are none of.
     """
     members = _members(model)
     rates = {
@@ -52,6 +52,7 @@ def param_groups(
     given = {"vector_bank": lr_vector_bank, "logits": lr_logits, "adapter": lr_adapter}
     for name, rate in given.items():
         if rate is not None and not members[name] and not (name == "adapter" and members["scales"]):
+            _require_trainable_adapter(model)
             raise ValueError(f"lr_{name} is given, but the model has no trainable {name} parameters")
     for name, value in {**rates, "weight_decay": weight_decay}.items():
         if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
@@ -66,8 +67,24 @@ def param_groups(
         decay = weight_decay if name in ("adapter", "weights") else 0.0
         groups.append({"name": name, "params": parameters, "lr": rate, "weight_decay": decay})
     if not groups:
+        _require_trainable_adapter(model)
         raise ValueError("no parameter of the model is trainable: attach an adapter first")
     return groups
+
+
+def _require_trainable_adapter(model: nn.Module) -> None:
+    """Refuse a model all of whose adapters were frozen, with the usual reason.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    if adapters and not any(p.requires_grad for adapter in adapters for p in adapter.parameters()):
+        raise ValueError(
+            f"the adapter {adapters[0].name} is frozen: call what freezes a whole model, as "
+            "peft.prepare_model_for_kbit_training, before vblora.attach, or then requires_grad_(True) on the adapter "
+            "and on the modules of modules_to_save"
+        )
 
 
 def _members(model: nn.Module) -> dict[str, list[nn.Parameter]]:

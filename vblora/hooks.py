@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vblora.config import AdapterConfig
 from vblora.forward import ForwardPath
-from vblora.targets import is_target, weight_of
+from vblora.targets import ends_of, is_target, weight_of
 
 # Classes that put a model, or a part of it, under a name of their own, and where they have it.
 WRAPPERS = {
@@ -56,6 +56,18 @@ def require_plain(model: nn.Module) -> None:
                 "parameters made now have no memory (accelerate's init_empty_weights), and the adapter's values would "
                 "be lost: attach or load it after that block; the model may be on the meta device then"
             )
+
+
+def warn_of_idle_names(model: nn.Module, config: AdapterConfig) -> None:
+    """One misspelt name among several would otherwise be silently left out."""
+    names = [name for name, _ in model.named_modules()]
+    names += [f"{key}.{part}" for key, of_key in (config.split_modules or {}).items() for part in of_key]
+    ends = {end for name in names for end in ends_of(name)}
+    for field in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field)
+        idle = [w for w in wanted or [] if w not in ends]
+        if isinstance(wanted, list) and idle:
+            warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=3)
 
 
 def warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
@@ -132,10 +144,13 @@ class _LayerHook(_Hook):
         super().__init__(adapter)
         self.indices = indices
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: Any, *kwargs_and_output: Any) -> Any:
+        output = kwargs_and_output[-1]  # alone in what quantize_dynamic makes, which calls hooks without kwargs
         if not self.adapter.enabled or self.adapter.merged:
             return output
-        x = args[0] if args else next(iter(kwargs.values()))
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{self.adapter.shapes[self.indices[0]].name} {no_tensor(module, output)}")
+        x = args[0] if args else next(iter(kwargs_and_output[0].values()))
         # A plain layer's output is nobody else's: its backward does not need it. Another hook might have kept it.
         kept = len(module._forward_hooks) > 1 or _global_forward_hooks
         in_place = type(module) is nn.Linear and not kept
@@ -174,6 +189,14 @@ def _in_precision(values: Any, dtype: torch.dtype) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.dtype in (*HALF, torch.float32) else value
 
     return tree_map(cast, values)
+
+
+def no_tensor(module: nn.Module, output: Any) -> str:
+    """What to say of a layer whose output an adapter cannot be added to."""
+    return (
+        f"is a {type(module).__name__} that gives a {type(output).__name__}, and an adapter is added to one tensor: "
+        "leave it out with exclude_modules"
+    )
 
 
 class _EmbeddingHook(_Hook):

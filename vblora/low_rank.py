@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +16,17 @@ def add_low_rank(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     hidden = F.linear(x, a)  # (..., r)
     flat = output.reshape(-1, output.shape[-1])
     return torch.addmm(flat, hidden.reshape(-1, hidden.shape[-1]), b).view(output.shape)
+
+
+def add_to_parts(output: Tensor, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]], starts: Sequence[int]) -> Tensor:
+    """The same for a layer that is several in one, equally wide: the factors of some parts, and where each begins."""
+    hidden = F.linear(x, torch.cat([a for a, _ in factors]))  # (..., parts * r)
+    parts = hidden.reshape(-1, hidden.shape[-1]).chunk(len(factors), dim=-1)
+    width = factors[0][1].shape[-1]
+    sums = list(output.reshape(-1, output.shape[-1]).split(width, dim=-1))
+    for part, (_, b), start in zip(parts, factors, starts, strict=True):
+        sums[start // width] = torch.addmm(sums[start // width], part, b)
+    return torch.cat(sums, dim=-1).view(output.shape)
 
 
 def add_low_rank_(output: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -65,12 +77,18 @@ def without_autocast(device: str) -> Any:
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, a transform of torch.func or forward-mode differentiation looks on.
+    """Whether torch.compile, torch.jit.trace, a transform of torch.func or forward-mode differentiation looks on.
 
     They need plain operations, and tensors that are kept from an earlier pass are not theirs.
     """
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running."""
+    return torch._C._current_graph_task_id() != -1

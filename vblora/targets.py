@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -46,12 +45,15 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             raise ValueError(
                 f"{name} has an adapter of PEFT's: call merge_and_unload() first, or name its {name}.base_layer"
             )
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"{name} is never called: nn.MultiheadAttention reads its weight alone, so that an adapter would do "
+                f'nothing there. Leave it out with exclude_modules=["{name.rpartition(".")[2]}"]'
+            )
         if not is_linear(module):
             raise ValueError(
                 f"{name} is a {type(module).__name__}; an adapter needs nn.Linear, Conv1D or a bitsandbytes layer"
             )
-    parts = [f"{key}.{part}" for key, of_key in (config.split_modules or {}).items() for part in of_key]
-    _warn_of_idle_names(config, [*names, *parts])
     return _split(targets, config)
 
 
@@ -94,17 +96,7 @@ def output_slice(name: str, module: nn.Module, config: AdapterConfig) -> slice:
     return slice(parts.index(part) * width, (parts.index(part) + 1) * width)
 
 
-def _warn_of_idle_names(config: AdapterConfig, names: list[str]) -> None:
-    """One misspelt name among several would otherwise be silently left out."""
-    ends = {end for name in names for end in _ends(name)}
-    for field in ("target_modules", "exclude_modules"):
-        wanted = getattr(config, field)
-        idle = [w for w in wanted or [] if w not in ends]
-        if isinstance(wanted, list) and idle:
-            warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=4)
-
-
-def _ends(name: str) -> list[str]:
+def ends_of(name: str) -> list[str]:
     """A module's name and what is left of it after each of its dots: what a name in a list of targets may be."""
     parts = name.split(".")
     return [".".join(parts[at:]) for at in range(len(parts))]
@@ -211,14 +203,14 @@ def is_target(config: AdapterConfig, name: str) -> bool:
     assert wanted is not None
     if name in wanted:
         return True
-    return any(end in wanted for end in _ends(name)) and _in_layers(config, name)
+    return any(end in wanted for end in ends_of(name)) and _in_layers(config, name)
 
 
 def _is_excluded(config: AdapterConfig, name: str) -> bool:
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         return _matches(excluded, name)
-    return any(end in (excluded or []) for end in _ends(name))
+    return any(end in (excluded or []) for end in ends_of(name))
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:

@@ -35,7 +35,7 @@ from vblora.base_weights import BaseSample, check_base, take_sample
 from vblora.files import packed, shared_bank
 from vblora.files.content import Content, check_heads
 from vblora.files.match import find_layers
-from vblora.hooks import require_plain
+from vblora.hooks import no_tensor, require_plain
 from vblora.targets import find_saved, head_tensors, weight_of
 
 SUFFIX = ".safetensors"
@@ -344,6 +344,8 @@ class _LayerHook:
         rows = self.store.own_rows()
         if rows is None or self.layer not in rows.places:
             return output
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{self.layer} {no_tensor(module, output)}")
         x = rows.split(args[0] if args else next(iter(kwargs.values()))).to(output.dtype)  # (rows, s, in)
         result = rows.split(output)  # (rows, s, out)
         with torch.autocast(output.device.type, enabled=False):
