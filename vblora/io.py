@@ -166,6 +166,28 @@ def alone_in(folder: Path) -> Iterator[None]:
             os.close(handle)
 
 
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Within it others write: torch, safetensors and tokenizers, which on a full disk raise errors of their own.
+
+    Raises:
+        OSError: in the place of these, naming what was to be written.
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        if not UNWRITTEN.search(text):
+            raise
+        raise OSError(f"{what} cannot be written: is the disk full, or the folder read-only? ({text:.200})") from error
+
+
+# PyTorch's zip files and its streams; what Rust says, of safetensors and tokenizers.
+UNWRITTEN = re.compile(r"PytorchStreamWriter|inline_container|iostream|os error \d+|No space left", re.IGNORECASE)
+
+
 def is_being_replaced(path: Path) -> bool:
     """Whether a block of `replacing` with this path is under way, or was ended by a kill."""
     path = Path(os.path.realpath(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from vblora.files.content import Content
 from vblora.files.directory import CONFIG_FILE, METHOD_KEY
 from vblora.files.lora import export
 from vblora.hub import from_hub
-from vblora.io import folder_fingerprint, read_json
+from vblora.io import folder_fingerprint, new_directory, read_json, writing
 from vblora.methods import LoRAXSConfig
 from vblora.targets import find_saved, find_targets
 
@@ -246,15 +245,10 @@ def write_merged(tuned: Tuned, output: Path, original_weights: bool = False) -> 
     if tuned.bits != 16:
         model = model.dequantize()
     model = with_adapter(model, adapter, merge=True)
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        model.save_pretrained(partial)
-        load_tokenizer(tuned.base).save_pretrained(partial)
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = load_tokenizer(tuned.base)
+    with new_directory(output) as made, writing(output):
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     return output
 
 

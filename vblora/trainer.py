@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,14 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vblora import sharding
 from vblora.adapter import Adapter, restore
 from vblora.groups import param_groups
+from vblora.io import writing
 from vblora.methods import VBLoRA
 from vblora.optim import AdamW
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
@@ -163,6 +167,18 @@ class AdapterTrainer(Trainer):
     def _groups(self, model: nn.Module | None) -> list[dict[str, Any]]:
         assert model is not None
         return param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay, **self.rates)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer; on a full disk one line says so, and the part of a checkpoint that was written is removed."""
+        directory = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        whole = (directory / TRAINER_STATE_NAME).exists()
+        try:
+            with writing(directory):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            if not whole:
+                shutil.rmtree(directory, ignore_errors=True)
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not isinstance(self.adapter, Adapter):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,9 +76,8 @@ def write(
     path, content = Path(path), _content_of(content)
     check_rank(content.config.r, content.shapes)
     data = dumps(content, bank=bank, weights=weights, heads=heads, selection=selection)
-    if bank == SHARED:
-        shared_bank.write_beside(path.parent, content.tensors["vector_bank"])
-    with replacing(path) as temporary:
+    beside = nullcontext() if bank != SHARED else shared_bank.beside(path.parent, content.tensors["vector_bank"])
+    with beside, replacing(path) as temporary:
         temporary.write_bytes(data)
     return len(data)
 

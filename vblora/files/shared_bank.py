@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vblora.container import opened
-from vblora.io import write_tensors
+from vblora.io import alone_in, write_tensors
 
 SUFFIX = ".bank.safetensors"
 MOST_BYTES = 2**30  # of its file, which may be anybody's
@@ -39,14 +41,27 @@ def file_of(key: str) -> str:
     return key[:16] + SUFFIX
 
 
-def write_beside(folder: Path, bank: Tensor) -> None:
-    """Write the bank into the folder, under its name, unless it is there whole."""
+@contextmanager
+def beside(folder: Path, bank: Tensor) -> Iterator[None]:
+    """The bank in the folder, under its name, for the file that the block writes; one such block at a time.
+
+    It is written unless it is there whole. Where the block fails, a bank that is new goes with it.
+    """
     key = key_of(bank)
     path = folder / file_of(key)
-    try:
-        read_beside(folder, key)
-    except ValueError:  # missing, or damaged
-        write_tensors(path, {"vector_bank": bank.detach().float()}, {})
+    with alone_in(folder):
+        new = not path.exists()
+        try:
+            try:
+                read_beside(folder, key)
+            except ValueError:  # missing, or damaged
+                write_tensors(path, {"vector_bank": bank.detach().float()}, {})
+            yield
+        except BaseException:
+            if new:
+                with suppress(OSError):  # in a read-only folder it has not come to be
+                    path.unlink()
+            raise
 
 
 def read_beside(folder: Path, key: str) -> Tensor:
