@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.forward import ForwardPath
 from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts, warn_of_idle_names
-from vblora.merging import check_in_place, check_mergeable, stand_aside, stand_in
+from vblora.merging import check_in_place, check_mergeable, stand_aside, stand_in, with_tied
 from vblora.shapes import Count, LayerShape, check_rank
 from vblora.targets import (
     find_saved,
@@ -29,7 +29,6 @@ from vblora.targets import (
     layer_shapes,
     output_slice,
     weight_part,
-    with_tied,
 )
 
 if TYPE_CHECKING:

@@ -36,6 +36,20 @@ def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             raise ValueError(f"the weight of {name} is also that of {', '.join(others)}, which merging would change")
 
 
+def with_tied(model: nn.Module, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """These modules, and those that share a parameter with one of them: PEFT, which copies modules, needs all named."""
+    shared = {id(p) for module in saved.values() for p in module.parameters()}
+    inside = tuple(f"{name}." for name in saved)
+    tied = {
+        name: module
+        for name, module in model.named_modules()
+        if name not in saved
+        and not name.startswith(inside)
+        and any(id(p) in shared for p in module.parameters(recurse=False))
+    }
+    return saved | tied
+
+
 def check_in_place(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     """Refuse layers that were replaced after `attach`: the adapter acts on the old ones alone.
 

@@ -129,20 +129,6 @@ def find_saved(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
     return saved
 
 
-def with_tied(model: nn.Module, saved: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """These modules, and those that share a parameter with one of them: PEFT, which copies modules, needs all named."""
-    shared = {id(p) for module in saved.values() for p in module.parameters()}
-    inside = tuple(f"{name}." for name in saved)
-    tied = {
-        name: module
-        for name, module in model.named_modules()
-        if name not in saved
-        and not name.startswith(inside)
-        and any(id(p) in shared for p in module.parameters(recurse=False))
-    }
-    return saved | tied
-
-
 def head_tensors(saved: dict[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and persistent buffers of the modules trained in full, by their names in the model."""
     return {f"{name}.{key}": t for name, module in saved.items() for key, t in module.state_dict().items()}

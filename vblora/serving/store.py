@@ -36,6 +36,7 @@ from vblora.files import packed, shared_bank
 from vblora.files.content import Content, check_heads
 from vblora.files.match import find_layers
 from vblora.hooks import no_tensor, require_plain
+from vblora.serving.batch_dims import BatchDims
 from vblora.targets import find_saved, head_tensors, weight_of
 
 SUFFIX = ".safetensors"
@@ -67,6 +68,8 @@ class AdapterStore:
         model: any model that the adapters were trained on; it stays the same object. No adapter need be attached.
         folder: holds NAME.safetensors (or NAME.vblora.safetensors), packed; all are known by their names, and read when
             first used, and again when they have been replaced. Shared banks lie in it too.
+        batch_dim: which dimension of the model's inputs counts the rows, where it is not the first; of its layers it
+            is found out (`vblora.serving.batch_dims`).
         max_composed: adapters whose factors are kept, besides those of the running batch; the least recently used
             go first.
         strict_base: refuse, and do not only warn of, adapters made on another base (`vblora.base_weights`).
@@ -82,6 +85,7 @@ class AdapterStore:
         *,
         max_composed: int = 64,
         strict_base: bool = False,
+        batch_dim: int | None = None,
     ) -> None:
         if max_composed < 0:
             raise ValueError(f"max_composed must be at least 0, not {max_composed}")
@@ -94,6 +98,8 @@ class AdapterStore:
         self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
         self._samples: dict[str, BaseSample | None] = {}  # of the model's weights, by the same
         self._hooked: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self.batch_dims = BatchDims(batch_dim)
+        self._looked_into: set[str] = set()  # modules whose layers' batch dimensions were looked for
         self._own_rows: ContextVar[_Rows | None] = ContextVar("rows", default=None)
         self._running: list[_Rows] = []  # of all threads
         self._lock = threading.RLock()  # over what the threads share: all but a batch's own rows
@@ -162,7 +168,7 @@ class AdapterStore:
 
         Raises:
             ValueError: an unknown name, an adapter that is damaged or does not fit the model, or a block within
-                another; in the block, a batch whose rows are no multiple of the names.
+                another; in the block, a batch whose rows are no multiple of the names, or do not stand by themselves.
         """
         if self.own_rows() is not None:
             raise ValueError("rows() is in use in this thread: one batch at a time")
@@ -272,6 +278,23 @@ class AdapterStore:
         if module_name not in self._hooked:
             module = self.model.get_submodule(module_name)
             self._hooked[module_name] = module.register_forward_hook(hook, with_kwargs=True)
+            self._looked_into.clear()
+            while module_name:
+                module_name = module_name.rpartition(".")[0]
+                key = f"{module_name} before"  # no module's name
+                if key not in self._hooked:
+                    parent = self.model.get_submodule(module_name)
+                    before = _BeforeHook(self, module_name)
+                    self._hooked[key] = parent.register_forward_pre_hook(before, with_kwargs=True)
+
+    def look_into(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a batch goes through a module: find out, once, which dimensions its layers have the rows in."""
+        rows = self.own_rows()
+        if rows is None or len(rows.names) == 1 or name in self._looked_into:
+            return
+        self.batch_dims.learn(module, args, kwargs, len(rows.names))
+        inside = {f"{name}.{part}".strip(".") for part, _ in module.named_modules()}
+        self._looked_into |= {part for part in inside if f"{part} before" in self._hooked} | {name}
 
 
 def _stamp(path: Path) -> Stamp | None:
@@ -325,11 +348,20 @@ class _Rows:
             self._stacked[key] = (a.to(dtype), b.to(dtype))
         return self._stacked[key]
 
-    def split(self, tensor: Tensor) -> Tensor:
-        """(rows * s, ..., features) as (rows, s * ..., features)."""
-        if tensor.shape[0] % len(self.names):
-            raise ValueError(f"rows() has {len(self.names)} names, and the batch {tensor.shape[0]} rows")
-        return tensor.reshape(len(self.names), -1, tensor.shape[-1])
+    def split(self, tensor: Tensor, dim: int) -> Tensor:
+        """The rows, which are in dimension `dim` of (..., features), as (rows, all else, features)."""
+        return tensor.movedim(dim, 0).reshape(len(self.names), -1, tensor.shape[-1])
+
+
+class _BeforeHook:
+    """Before a module that has adapted layers or heads in it."""
+
+    def __init__(self, store: AdapterStore, name: str) -> None:
+        self.store = store
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.store.look_into(self.name, module, args, kwargs)
 
 
 class _LayerHook:
@@ -346,8 +378,12 @@ class _LayerHook:
             return output
         if not isinstance(output, Tensor):
             raise ValueError(f"{self.layer} {no_tensor(module, output)}")
-        x = rows.split(args[0] if args else next(iter(kwargs.values()))).to(output.dtype)  # (rows, s, in)
-        result = rows.split(output)  # (rows, s, out)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.store.batch_dims.is_looking(self.layer, x):
+            return output
+        dim = self.store.batch_dims.of(self.layer, x, len(rows.names))
+        x = rows.split(x, dim).to(output.dtype)  # (rows, s, in)
+        result = rows.split(output, dim)  # (rows, s, out)
         with torch.autocast(output.device.type, enabled=False):
             for place in rows.places[self.layer]:
                 a, b = rows.factors(place, output.dtype)
@@ -357,7 +393,7 @@ class _LayerHook:
                 else:
                     result = result.clone() if result.data_ptr() == output.data_ptr() else result
                     result[..., place.start : place.stop].baddbmm_(hidden, b)
-        return result.view(output.shape)
+        return result.reshape(output.movedim(dim, 0).shape).movedim(0, dim)
 
 
 class _HeadHook:
@@ -372,19 +408,24 @@ class _HeadHook:
         rows = self.store.own_rows()
         if rows is None:
             return output
-        result = output.clone()
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.store.batch_dims.is_looking(self.name, x):
+            return output
+        dim = self.store.batch_dims.of(self.name, x, len(rows.names))
+        each, result = x.shape[dim] // len(rows.names), output.clone()  # beams of one row
         for name, adapter in rows.adapters.items():
             if self.name in adapter.heads:
-                mine = [row for row, of_row in enumerate(rows.names) if of_row == name]
-                result[mine] = _of_rows(module, adapter.heads[self.name], args, kwargs, mine)
+                own = [row * each + beam for row, of in enumerate(rows.names) if of == name for beam in range(each)]
+                mine = torch.tensor(own, device=x.device)
+                result.index_copy_(dim, mine, _of_rows(module, adapter.heads[self.name], args, kwargs, dim, mine))
         return result
 
 
-def _of_rows(module: nn.Module, head: nn.Module, args: Any, kwargs: dict[str, Any], mine: list[int]) -> Tensor:
+def _of_rows(module: nn.Module, head: nn.Module, args: Any, kwargs: dict[str, Any], dim: int, mine: Tensor) -> Tensor:
     """The head's output for these rows, in the mode that the model's own is in."""
 
     def part(value: Any) -> Any:
-        return value[mine] if isinstance(value, Tensor) else value
+        return value.index_select(dim, mine) if isinstance(value, Tensor) else value
 
     if head.training != module.training:
         head.train(module.training)
