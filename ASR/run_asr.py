@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,56 +26,41 @@ from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
 from vblora_experiments import commands, runs, training_run
-from vblora_experiments.command_line import Settings, StartArguments
+from vblora_experiments.arguments import BatchArguments
+from vblora_experiments.command_line import Settings
 
 PARTS = ("dev", "test")
 NORMALISERS = ("raw", "unicode", "basic")
 MAIN = "unicode"  # the rate that is shown first
 
 
-@dataclass
-class PartArguments:
-    """How the parts are transcribed, besides the search."""
-
-    decode_batch_size: int = field(default=16, metadata={"help": "recordings transcribed at a time"})
-
-
 SCRIPT = dataclasses.replace(
     train_speech.SCRIPT,
     name="run_asr.py",
-    kinds=(PartArguments, Decoding, *train_speech.SCRIPT.kinds),
+    kinds=(BatchArguments, Decoding, *train_speech.SCRIPT.kinds),
     row=row,
     description=str(__doc__),
 )
 
 
+parse = SCRIPT.read
+
+
 def main(arguments: list[str]) -> dict[str, Any]:
     """Run, and return the record; with --plan show what the run resolves, and return nothing."""
-    settings = parse(arguments)
-    return {} if settings.show() else run(settings)
-
-
-def parse(arguments: list[str]) -> Settings:
-    """The settings of a command line, checked."""
-    settings = SCRIPT.read(arguments)
-    train_speech.check(settings)
-    settings.of(Decoding).check()
-    commands.check_least(settings.of(PartArguments), decode_batch_size=1)
-    return settings
+    return SCRIPT.start(arguments, run)
 
 
 def run(settings: Settings) -> dict[str, Any]:
     """Train, transcribe and score, as far as that is not done; the record."""
-    speech, decoding, out = settings.of(SpeechArguments), settings.of(Decoding), settings.output_dir
     trained = train_speech.train(settings)
     if not trained:  # another process of this run writes
         return {}
-    record = runs.finished(out, "decoding", asdict(decoding))
-    if record is None:
-        seconds = transcribe_parts(settings)
-        record = make_record(out, speech, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
-    runs.finish(out, record)
+    wanted = asdict(settings.of(Decoding))
+    record = training_run.record_of(
+        settings, "decoding", wanted, lambda: make_record(settings, trained, transcribe_parts(settings))
+    )
+    runs.finish(settings.output_dir, record)
     print(summary(record))
     return record
 
@@ -91,19 +76,20 @@ def transcribe_parts(settings: Settings) -> float:
                 settings.of(Decoding),
                 part,
                 speech.model_name_or_path,
-                settings.of(PartArguments).decode_batch_size,
+                settings.of(BatchArguments).decode_batch_size,
                 cache_dir=Path(speech.cache_dir),
             )
         )
     return round(time.monotonic() - began, 1)
 
 
-def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
-    """Everything there is to know of the run; no text of anybody's."""
+def make_record(settings: Settings, trained: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Everything there is to know of the run, no text of anybody's; transcribing took so many seconds."""
+    out, data_dir = settings.output_dir, Path(settings.of(SpeechArguments).data_dir)
     parts = {}
     for part in PARTS:
         texts = read_outputs(out / f"{part}.tsv")
-        references = {clip.name: clip.text for clip in read_table(Path(speech.data_dir) / f"{part}.tsv")}
+        references = {clip.name: clip.text for clip in read_table(data_dir / f"{part}.tsv")}
         functions = {name: normaliser(name) for name in NORMALISERS}
         rates = word_errors.rates([references[name] for name in texts], list(texts.values()), functions)
         note = read_json(out / f"{part}.decoding.json")
@@ -111,7 +97,8 @@ def make_record(out: Path, speech: SpeechArguments, trained: dict[str, Any], dec
     return {
         **training_run.heading("asr", trained),
         "language": trained["settings"]["language"],
-        "decoding": asdict(decoding),
+        "decoding": asdict(settings.of(Decoding)),
+        "decode_seconds": seconds,
         **parts,
         "scores": {kind.upper(): rate["percent"] for kind, rate in parts["test"]["rates"][MAIN].items()},
         "bytes_on_disk": training_run.bytes_on_disk(out),

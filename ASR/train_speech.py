@@ -100,21 +100,33 @@ def place(known: Any) -> Path:
     return RUNS / name.replace("/", "_")
 
 
-SCRIPT = Script(
-    "train_speech.py",
-    (SpeechArguments, MethodArguments, TrainingArguments),
-    DEFAULTS,
-    training_row,
-    place,
-    description=str(__doc__),
-)
+def check(settings: Settings) -> None:
+    """Refuse what cannot be, before anything is read.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    speech, method, training = parts(settings)
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
+    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
+    if speech.long_clips not in LONG:
+        raise ValueError(f"--long_clips must be one of {', '.join(LONG)}, not {speech.long_clips!r}")
+    commands.check_least(speech, max_train_samples=1)
+    torch_dtype(speech.dtype)
+    if method.method == "full" and speech.targets != "both":
+        raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
+    if method.method == ZERO_SHOT and len(given(method)) > 1:
+        raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
+
+
+KINDS = (SpeechArguments, MethodArguments, TrainingArguments)
+SCRIPT = Script("train_speech.py", KINDS, DEFAULTS, training_row, place, description=str(__doc__), check=check)
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
-    settings = SCRIPT.read(arguments)
-    check(settings)
-    return {} if settings.show() else train(settings)
+    return SCRIPT.start(arguments, train)
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -137,26 +149,6 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def parts(settings: Settings) -> tuple[SpeechArguments, MethodArguments, TrainingArguments]:
     return settings.of(SpeechArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
-
-
-def check(settings: Settings) -> None:
-    """Refuse what cannot be, before anything is read.
-
-    Raises:
-        ValueError: naming the flag.
-    """
-    speech, method, training = parts(settings)
-    if speech.long_clips not in LONG:
-        raise ValueError(f"--long_clips must be one of {', '.join(LONG)}, not {speech.long_clips!r}")
-    commands.check_least(speech, max_train_samples=1)
-    torch_dtype(speech.dtype)
-    if method.method == "full" and speech.targets != "both":
-        raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
-    if method.method == ZERO_SHOT and len(given(method)) > 1:
-        raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
-    if training.eval_strategy == "no":
-        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
-    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
 
 
 def read_split(speech: SpeechArguments, split: str) -> Set:

@@ -37,8 +37,7 @@ class Decoding:
     beam: int = field(default=1, metadata={"help": "beams; 1 takes the likeliest token each time"})
     max_new_tokens: int = field(default=224, metadata={"help": "tokens of a text at most"})
 
-    def check(self) -> None:
-        """Raise ValueError for a setting that cannot be."""
+    def __post_init__(self) -> None:
         commands.check_least(self, beam=1, max_new_tokens=1)
 
 
@@ -80,7 +79,6 @@ def transcribe_split(options: Options) -> Path:
     """
     commands.check_least(options, batch_size=1)
     decoding = options.decoding
-    decoding.check()
     if not (options.run / PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train_speech.py")
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)

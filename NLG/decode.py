@@ -68,7 +68,6 @@ def decode_split(options: Options) -> Path:
     """
     commands.check_least(options, batch_size=1, max_samples=1)
     decoding = options.decoding
-    decoding.check()
     if not (options.run / PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train.py")
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)

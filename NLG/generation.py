@@ -19,8 +19,7 @@ class Decoding:
     no_repeat_ngram: int = field(default=4, metadata={"help": "no n-gram of this size twice; 0 switches it off"})
     max_new_tokens: int = field(default=64, metadata={"help": "tokens of a text at most"})
 
-    def check(self) -> None:
-        """Raise ValueError for a setting that cannot be."""
+    def __post_init__(self) -> None:
         for name, least in (("beam", 1), ("max_new_tokens", 1), ("no_repeat_ngram", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")

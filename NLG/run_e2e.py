@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +24,18 @@ from generation import Decoding
 from score import read_outputs
 from train import TextArguments
 from vblora_experiments import commands, runs, training_run
-from vblora_experiments.command_line import Settings, StartArguments
-
-
-@dataclass
-class TestArguments:
-    """How the test set is decoded, besides the search."""
-
-    decode_batch_size: int = field(default=16, metadata={"help": "representations decoded at a time"})
-
+from vblora_experiments.arguments import BatchArguments
+from vblora_experiments.command_line import Settings
 
 SCRIPT = dataclasses.replace(
-    train.SCRIPT, name="run_e2e.py", kinds=(TestArguments, Decoding, *train.SCRIPT.kinds), description=str(__doc__)
+    train.SCRIPT, name="run_e2e.py", kinds=(BatchArguments, Decoding, *train.SCRIPT.kinds), description=str(__doc__)
 )
+parse = SCRIPT.read
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Run, and return the record; with --plan show what the run resolves, and return nothing."""
-    settings = parse(arguments)
-    return {} if settings.show() else run(settings)
-
-
-def parse(arguments: list[str]) -> Settings:
-    """The settings of a command line, checked."""
-    settings = SCRIPT.read(arguments)
-    train.check(settings)
-    settings.of(Decoding).check()
-    commands.check_least(settings.of(TestArguments), decode_batch_size=1)
-    return settings
+    return SCRIPT.start(arguments, run)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -61,11 +44,9 @@ def run(settings: Settings) -> dict[str, Any]:
     trained = train.train(settings)
     if not trained:  # another process of this run writes
         return {}
-    record = runs.finished(out, "decoding", decoding.to_dict())
-    if record is None:
-        seconds = decode_test(settings)
-        record = make_record(out, text, trained, decoding) | {"decode_seconds": seconds}
-        record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
+    record = training_run.record_of(
+        settings, "decoding", decoding.to_dict(), lambda: make_record(settings, trained, decode_test(settings))
+    )
     if any(value is None for value in record["scores"].values()):
         record["scores"] = e2e_scores.score(*outputs_and_references(out, text))
     runs.finish(out, record)
@@ -82,7 +63,7 @@ def decode_test(settings: Settings) -> float:
             settings.of(Decoding),
             data_dir=text.data_dir,
             model_name_or_path=text.model_name_or_path,
-            batch_size=settings.of(TestArguments).decode_batch_size,
+            batch_size=settings.of(BatchArguments).decode_batch_size,
         )
     )
     return round(time.monotonic() - began, 1)
@@ -93,12 +74,14 @@ def outputs_and_references(out: Path, text: TextArguments) -> tuple[list[str], l
     return read_outputs(out / "test.txt"), [g.references for g in groups]
 
 
-def make_record(out: Path, text: TextArguments, trained: dict[str, Any], decoding: Decoding) -> dict[str, Any]:
-    """Everything there is to know of the run."""
-    outputs, references = outputs_and_references(out, text)
+def make_record(settings: Settings, trained: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Everything there is to know of the run; decoding took so many seconds."""
+    out, decoding = settings.output_dir, settings.of(Decoding)
+    outputs, references = outputs_and_references(out, settings.of(TextArguments))
     return {
         **training_run.heading("e2e", trained),
         "decoding": decoding.to_dict(),
+        "decode_seconds": seconds,
         "outputs": len(outputs),
         "empty_outputs": sum(not output for output in outputs),
         "scores": e2e_scores.score(outputs, references),

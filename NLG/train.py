@@ -17,7 +17,6 @@ its last checkpoint.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,23 +86,31 @@ def place(known: Any) -> Path:
     return RUNS / name.replace("/", "_")
 
 
-SCRIPT = Script(
-    "train.py", (TextArguments, MethodArguments, TrainingArguments), DEFAULTS, row, place, description=str(__doc__)
-)
+def check(settings: Settings) -> None:
+    """Refuse before anything is loaded what would fail, or do nothing, later."""
+    text, _, training = parts(settings)
+    if text.max_length < 8:
+        raise ValueError(f"--max_length must be at least 8, not {text.max_length}")
+    for flag in ("max_train_samples", "max_eval_samples"):
+        if (value := getattr(text, flag)) is not None and value < 1:
+            raise ValueError(f"--{flag} must be at least 1, not {value}")
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
+    if text.dtype != "auto":
+        torch_dtype(text.dtype)
+    quick_validation.check(text.quick_samples)
+    if text.quick_samples and (training.fsdp or training.deepspeed):
+        raise ValueError("with FSDP or DeepSpeed no texts are decoded during training: --quick_samples 0")
+    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
+
+
+KINDS = (TextArguments, MethodArguments, TrainingArguments)
+SCRIPT = Script("train.py", KINDS, DEFAULTS, row, place, description=str(__doc__), check=check)
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
-    settings = SCRIPT.read(arguments)
-    check(settings)
-    return {} if settings.show() else train(settings)
-
-
-def of(values: Mapping[str, Any]) -> Settings:
-    """The settings of these values by the flags' names, checked."""
-    settings = SCRIPT.of(values)
-    check(settings)
-    return settings
+    return SCRIPT.start(arguments, train)
 
 
 def train(settings: Settings) -> dict[str, Any]:
@@ -127,24 +134,6 @@ def train(settings: Settings) -> dict[str, Any]:
 
 def parts(settings: Settings) -> tuple[TextArguments, MethodArguments, TrainingArguments]:
     return settings.of(TextArguments), settings.of(MethodArguments), settings.of(TrainingArguments)
-
-
-def check(settings: Settings) -> None:
-    """Refuse before anything is loaded what would fail, or do nothing, later."""
-    text, _, training = parts(settings)
-    if text.max_length < 8:
-        raise ValueError(f"--max_length must be at least 8, not {text.max_length}")
-    for flag in ("max_train_samples", "max_eval_samples"):
-        if (value := getattr(text, flag)) is not None and value < 1:
-            raise ValueError(f"--{flag} must be at least 1, not {value}")
-    if training.eval_strategy == "no":
-        raise ValueError("--eval_strategy no leaves nothing to record: leave it at epoch")
-    if text.dtype != "auto":
-        torch_dtype(text.dtype)
-    quick_validation.check(text.quick_samples)
-    if text.quick_samples and (training.fsdp or training.deepspeed):
-        raise ValueError("with FSDP or DeepSpeed no texts are decoded during training: --quick_samples 0")
-    training._n_gpu = min(training.n_gpu, 1)  # one process trains on one device
 
 
 def drawn(examples: list[Example], count: int | None, seed: int) -> list[Example]:

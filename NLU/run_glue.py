@@ -14,7 +14,6 @@ trainer's last checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,24 +98,40 @@ class GlueArguments:
     )
 
 
-SCRIPT = Script(
-    "run_glue.py", (GlueArguments, MethodArguments, TrainingArguments), DEFAULTS, row, place, description=str(__doc__)
-)
+def check(settings: Settings) -> None:
+    """Refuse before anything is loaded what would fail, or do nothing, after the training."""
+    glue, method, training = parts(settings)
+    # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
+    # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
+    training._n_gpu = min(training.n_gpu, 1)
+    if training.eval_strategy == "no":
+        raise ValueError("--eval_strategy no leaves nothing to record: the scores come from the evaluations")
+    if training.num_train_epochs <= 0 and training.max_steps <= 0:
+        raise ValueError(f"--num_train_epochs must be above 0, not {training.num_train_epochs:g}")
+    if glue.max_length < 3:
+        raise ValueError(f"--max_length must be at least 3, not {glue.max_length}")
+    if method.method == "full":
+        for flag in ("targets", "head"):
+            if getattr(glue, flag) != GlueArguments.__dataclass_fields__[flag].default:
+                raise ValueError(f"--{flag} does nothing with --method full: leave it out")
+    if glue.start_from is not None and not Path(glue.start_from).is_dir():
+        raise ValueError(f"--start_from {glue.start_from}: no such folder")
+    if glue.bank_from is not None:
+        if method.method != "vblora":
+            raise ValueError(f"--bank_from does nothing with --method {method.method}: leave it out")
+        read_bank(glue.bank_from)
+    if glue.form != "topk" and not method.method.startswith("vblora"):
+        raise ValueError(f"--form does nothing with --method {method.method}: leave it out")
+
+
+KINDS = (GlueArguments, MethodArguments, TrainingArguments)
+SCRIPT = Script("run_glue.py", KINDS, DEFAULTS, row, place, description=str(__doc__), check=check)
+read, of = SCRIPT.read, SCRIPT.of
 
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Run, and return the record; with --plan show what the run resolves, and return nothing."""
     return run(read(arguments))
-
-
-def read(arguments: list[str]) -> Settings:
-    """The settings of a command line, checked."""
-    return _checked(SCRIPT.read(arguments))
-
-
-def of(values: Mapping[str, Any]) -> Settings:
-    """The settings of these values by the flags' names, checked."""
-    return _checked(SCRIPT.of(values))
 
 
 def parse(arguments: list[str]) -> tuple[GlueArguments, MethodArguments, TrainingArguments]:
@@ -154,33 +169,6 @@ def run(settings: Settings) -> dict[str, Any]:
     runs.finish(out, record)
     print(_summary(record))
     return record
-
-
-def _checked(settings: Settings) -> Settings:
-    """The settings; refused before anything is loaded is what would fail, or do nothing, after the training."""
-    glue, method, training = parts(settings)
-    # One process trains on one device. On several, start the script with torchrun or accelerate launch; the
-    # trainer would otherwise use DataParallel, whose copies of the model share one adapter.
-    training._n_gpu = min(training.n_gpu, 1)
-    if training.eval_strategy == "no":
-        raise ValueError("--eval_strategy no leaves nothing to record: the scores come from the evaluations")
-    if training.num_train_epochs <= 0 and training.max_steps <= 0:
-        raise ValueError(f"--num_train_epochs must be above 0, not {training.num_train_epochs:g}")
-    if glue.max_length < 3:
-        raise ValueError(f"--max_length must be at least 3, not {glue.max_length}")
-    if method.method == "full":
-        for flag in ("targets", "head"):
-            if getattr(glue, flag) != GlueArguments.__dataclass_fields__[flag].default:
-                raise ValueError(f"--{flag} does nothing with --method full: leave it out")
-    if glue.start_from is not None and not Path(glue.start_from).is_dir():
-        raise ValueError(f"--start_from {glue.start_from}: no such folder")
-    if glue.bank_from is not None:
-        if method.method != "vblora":
-            raise ValueError(f"--bank_from does nothing with --method {method.method}: leave it out")
-        read_bank(glue.bank_from)
-    if glue.form != "topk" and not method.method.startswith("vblora"):
-        raise ValueError(f"--form does nothing with --method {method.method}: leave it out")
-    return settings
 
 
 def make_plan(

@@ -146,7 +146,7 @@ def e2e(options: argparse.Namespace, folder: Path) -> Settings:
     if options.method == "vblora":
         told |= {"num_vectors": 256, "vector_length": 32 if options.small else 64}
     told |= {"quick_samples": 4 if options.small else 32, **_common(options, folder / "e2e_run")}
-    return train.of(told)
+    return train.SCRIPT.of(told)
 
 
 def _common(options: argparse.Namespace, out: Path) -> dict[str, Any]:

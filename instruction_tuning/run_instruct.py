@@ -22,7 +22,6 @@ import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
 from vblora_experiments import commands, instruct, runs, training_run
-from vblora_experiments.command_line import StartArguments
 from vblora_experiments.instruct import Run
 
 
@@ -70,11 +69,10 @@ def run(one: Run) -> dict[str, Any]:
     if not trained:  # another process of this run writes
         return {}
     testing = {"max_questions": own.max_questions, "max_new_tokens": own.max_new_tokens}
-    record = runs.finished(out, "testing", testing)
-    if record is None:
-        record = make_record(out, trained, testing, answer(out, one, own))
-        record |= {"row": one.settings.of(StartArguments).row, "overrides": one.settings.overrides}
-        runs.finish(out, record)
+    record = training_run.record_of(
+        one.settings, "testing", testing, lambda: make_record(out, trained, testing, answer(out, one, own))
+    )
+    runs.finish(out, record)  # the judge may fail
     if own.judge is not None and own.judge not in record["scores"]:
         record["scores"][own.judge] = judge(out, own, bench)
     runs.finish(out, record)

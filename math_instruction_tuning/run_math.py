@@ -73,10 +73,7 @@ def run(one: Run) -> dict[str, Any]:
     if not trained:  # another process of this run writes
         return {}
     testing = {"test_samples": own.test_samples, "max_new_tokens": own.max_new_tokens, "engine": own.engine}
-    record = runs.finished(out, "testing", testing)
-    if record is None:
-        record = make_record(out, trained, testing)
-        record |= {"row": one.settings.of(StartArguments).row, "overrides": one.settings.overrides}
+    record = training_run.record_of(one.settings, "testing", testing, lambda: make_record(out, trained, testing))
     for name in SETS:
         if getattr(own, name) == NONE:
             continue

@@ -7,6 +7,7 @@ from typing import Any
 
 from vblora.methods.through_peft import peft_config_class
 from vblora.switch import OWN_METHODS, RECIPE, field_names, parse_settings, read_config_file
+from vblora_experiments import commands
 from vblora_experiments.rows import PAPER_LR_LOGITS, PAPER_LR_VECTOR_BANK
 
 # Which field of a method's configuration a flag sets: the first of these that the configuration has.
@@ -23,6 +24,17 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
+
+
+@dataclass
+class BatchArguments:
+    """How many texts are decoded at a time, which decides nothing."""
+
+    decode_batch_size: int = field(default=16, metadata={"help": "inputs decoded at a time"})
+
+    def __post_init__(self) -> None:
+        commands.check_least(self, decode_batch_size=1)
+
 
 WITHOUT_SETTINGS = ("full", "zero_shot")  # all of the model is trained, or nothing
 

@@ -117,6 +117,7 @@ class Script:
             chose, and returns the changes, each with its reason.
         description: what --help says first.
         renamed: today's names of flags by their former ones, which are still understood.
+        check: raises ValueError for settings that would fail, or do nothing, later; nothing has been loaded yet.
     """
 
     name: str
@@ -127,12 +128,18 @@ class Script:
     adjust: Callable[[argparse.Namespace, set[str]], dict[str, tuple[Any, str]]] = lambda values, chosen: {}
     description: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Settings], None] = lambda settings: None
+
+    def start(self, arguments: list[str], run: Callable[[Settings], Any]) -> Any:
+        """What `run` gives for a command line, once its settings are shown; with --plan they are shown alone."""
+        settings = self.read(arguments)
+        return {} if settings.show() else run(settings)
 
     def read(self, arguments: list[str]) -> Settings:
         """The settings of a command line.
 
         Raises:
-            ValueError: an unknown or wrong flag, row, or file; or as the dataclasses.
+            ValueError: an unknown or wrong flag, row, or file; or as the dataclasses and `check`.
         """
         return self._resolved([self._todays(part) for part in split(arguments)], {})
 
@@ -177,7 +184,10 @@ class Script:
         parts = tuple(kind(**{f.name: known[f.name] for f in fields(kind) if f.init}) for kind in self._all_kinds())
         texts = {name: _as_text(value) for name, value in {**config, **told}.items() if value is not None}
         overrides = runs.real_flags(texts) | runs.overrides(arguments)
-        return Settings(self.name, parts, {name: sources.get(name, DEFAULT) for name in self._names()}, overrides)
+        known_sources = {name: sources.get(name, DEFAULT) for name in self._names()}
+        settings = Settings(self.name, parts, known_sources, overrides)
+        self.check(settings)
+        return settings
 
     def _read(self, path: Path) -> dict[str, Any]:
         """The values in a configuration file, under the names of today."""

@@ -13,6 +13,7 @@ from vblora.io import read_json, write_json
 from vblora.models import TRAINING_FILE
 from vblora.trainer import AdapterTrainer
 from vblora_experiments import records, runs
+from vblora_experiments.command_line import Settings, StartArguments
 
 
 def once(out: Path, plan: dict[str, Any], training: TrainingArguments, fit: Callable[[], None]) -> dict[str, Any]:
@@ -60,6 +61,20 @@ def of_adapter(trainer: AdapterTrainer) -> dict[str, Any]:
         **({"recipe": trainer.recipe.to_dict()} if trainer.recipe is not None else {}),
         "stored_parameters": adapter.stored_parameters()._asdict(),
     }
+
+
+def record_of(
+    settings: Settings, part: str, wanted: dict[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The record of a run: the one in its folder, or the one that `make` gives, with the row and what overrides it.
+
+    Raises:
+        ValueError: this part of the one in the folder (how it was decoded or tested) is not as wanted.
+    """
+    record = runs.finished(settings.output_dir, part, wanted)
+    if record is None:
+        record = make() | {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
+    return record
 
 
 def heading(experiment: str, trained: Mapping[str, Any]) -> dict[str, Any]:

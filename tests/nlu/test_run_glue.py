@@ -197,7 +197,7 @@ def test_rows_are_padded_to_the_longest_of_their_batch_only(flags, monkeypatch):
         (["--method", "nonesuch"], "PEFT has no method 'nonesuch'"),
         (["--task", "nonesuch"], "unknown task 'nonesuch'"),
         (["--targets", "nonesuch"], "match no layer"),
-        (["--method_settings", "{"], "no JSON"),
+        (["--method_settings", "{"], "settings are JSON, and '{' is not"),
         (["--row", "roberta_base"], "a row is MODEL/TASK/METHOD"),
         (["--data_dir", "nonesuch"], "nonesuch"),
         (["--eval_strategy", "no"], "--eval_strategy no leaves nothing to record"),
