@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import shutil
 import time
@@ -20,11 +19,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vblora import sharding
-from vblora.adapter import Adapter, restore
-from vblora.groups import param_groups
+from vblora.adapter import Adapter
+from vblora.integrations import AdapterTraining, optimiser_name
 from vblora.io import writing
 from vblora.methods import VBLoRA
-from vblora.optim import AdamW
 from vblora.sampling import LengthGroupedSampler, LongestFirstSampler
 from vblora.switch import Adapted, AnyAdapter
 
@@ -32,14 +30,13 @@ from vblora.switch import Adapted, AnyAdapter
 OTHER_OPTIMISERS = ("paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit")
 
 
-class AdapterTrainer(Trainer):
+class AdapterTrainer(AdapterTraining, Trainer):
     """Trains an adapted model of any method.
 
-    Six things differ from Trainer: the optimiser is `vblora.AdamW` over `vblora.param_groups`, unless --optim names
-    one of bitsandbytes' for a method that has no logits; a checkpoint of one of our adapters is the adapter in its full
-    form, not the whole model; and rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
+    Beside what `AdapterTraining` changes, five things differ from Trainer: --optim may name one of bitsandbytes' for a
+    method that has no logits; rows grouped by length (--train_sampling_strategy group_by_length) come in shuffled
     batches; DDP does not send the buffers of one of our adapters in every step; a run that goes on from a checkpoint
-    ends as if it had not been interrupted, evaluations included; and the log has the learning rate of each group.
+    ends as if it had not been interrupted, evaluations included; and a batch that is divided has the whole one's loss.
 
     Args:
         adapted: what `vblora.switch.apply_method` gave.
@@ -48,7 +45,7 @@ class AdapterTrainer(Trainer):
         others: passed on to Trainer.
     """
 
-    _group_rates: Mapping[str, float] = {}  # by the names that the log has them under
+    log_selection = False  # vblora_experiments.selection_log keeps all of it
 
     def __init__(
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
@@ -58,26 +55,23 @@ class AdapterTrainer(Trainer):
             # VB-LoRA's follow from the seed and from what is trained, which are the same everywhere. Sending them in
             # every step would cost more than the gradients.
             args.ddp_broadcast_buffers = False
-        super().__init__(model=adapted.model, args=args, **others)
-        self.adapter = adapted.adapter
+        self._adapted, self.recipe = adapted, adapted.recipe
+        if adapted.recipe is not None:
+            missing = {name: rate for name, rate in adapted.recipe.rates.items() if rates.get(name) is None}
+            # A bank that is frozen has no rate.
+            kept = {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
+            rates = {**rates, **kept}
+            if args.process_index == 0:
+                print(adapted.recipe)
+        super().__init__(model=adapted.model, args=args, rates=rates, **others)
         # Trainer takes every model whose forward has **kwargs as one that divides its loss by the items of the whole
         # batch. Of ours the causal ones do, and label smoothing does; a classifier gives the mean of the rows it sees.
         self._divides_loss = self.label_smoother is not None or _is_causal(adapted.model)
         if not self._divides_loss:
             self.model_accepts_loss_kwargs = True  # so that the items are counted, for `compute_loss`
-        self.adapted_model = adapted.model
-        self.rates = dict(rates)
-        self.recipe = adapted.recipe
-        if adapted.recipe is not None:
-            missing = {name: rate for name, rate in adapted.recipe.rates.items() if self.rates.get(name) is None}
-            # A bank that is frozen has no rate.
-            self.rates |= {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
-            if args.process_index == 0:
-                print(adapted.recipe)
         self.add_callback(TrainingClock())
         self.add_callback(SavedAfterItsEpoch())
         sharding.prepare(adapted, self.accelerator)
-        self._groups(adapted.model)  # so that a wrong rate is refused now, not after the data is ready
 
     @property
     def train_seconds(self) -> float:
@@ -105,47 +99,22 @@ class AdapterTrainer(Trainer):
         loss = loss * items * processes / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's.
-
-        Raises:
-            ValueError: the loss is no finite number; what has been saved stays as it is.
-        """
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in self._groups(self.adapted_model))
-            raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}: the training has diverged with the "
-                f"learning rates {rates}. Lower them, and give another --output_dir; what was saved before is left"
-            )
-        return loss
-
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, *others: Any) -> tuple[int, int]:
         """As Trainer's; a run that is at its last step has no epoch left, also where --max_steps ends within one."""
         trained = super()._init_training_state(max_steps, steps, epochs, *others)
         return (epochs, 0) if self.state.global_step >= max_steps else trained
 
-    def _get_learning_rate(self) -> float:
-        assert self.optimizer is not None
-        groups = enumerate(self.optimizer.param_groups)
-        self._group_rates = {f"learning_rate_{group.get('name', at)}": float(group["lr"]) for at, group in groups}
-        return super()._get_learning_rate()
-
-    def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
-        if "learning_rate" in logs:  # the first group's
-            logs.update(self._group_rates)
-        super().log(logs, *others, **more)
-
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            betas = (self.args.adam_beta1, self.args.adam_beta2)
-            groups = self._groups(model or self.model)
-            if _is_own(self.args):
-                self.optimizer = AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
-            else:
-                kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
-                self.optimizer = kind(groups, **settings)
-        return self.optimizer
+        if self.optimizer is None and not _is_own(self.args):
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind(self.groups(self._adapted.model), **settings)
+        return super().create_optimizer(model)
+
+    def find_adapter(self, model: nn.Module) -> AnyAdapter:
+        return self._adapted.adapter
+
+    def check_optimiser(self) -> None:
+        """Done before the trainer is made: see `_check_arguments`."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -164,10 +133,6 @@ class AdapterTrainer(Trainer):
     def _by_length(self) -> bool:
         return self.args.train_sampling_strategy == "group_by_length"
 
-    def _groups(self, model: nn.Module | None) -> list[dict[str, Any]]:
-        assert model is not None
-        return param_groups(model, self.args.learning_rate, weight_decay=self.args.weight_decay, **self.rates)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer; on a full disk one line says so, and the part of a checkpoint that was written is removed."""
         directory = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -181,33 +146,11 @@ class AdapterTrainer(Trainer):
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not isinstance(self.adapter, Adapter):
-            arguments, self.args = self.args, self._arguments_to_keep()
-            try:
-                super()._save(output_dir, state_dict)
-            finally:
-                self.args = arguments
-            return
-        directory = Path(output_dir or str(self.args.output_dir))
-        self.adapter.save(str(directory), form="full")
-        torch.save(self._arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, KeptWithCheckpoints):
-                callback.write(directory)
-
-    def _arguments_to_keep(self) -> TrainingArguments:
-        """The training arguments without the hub's token, which belongs in no file."""
-        kept = copy.copy(self.args)
-        kept.hub_token = None
-        return kept
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._save(output_dir, state_dict)
         if isinstance(self.adapter, Adapter):
-            restore(self.adapter, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, KeptWithCheckpoints):
+                    callback.write(Path(output_dir or str(self.args.output_dir)))
 
 
 def _is_causal(model: nn.Module) -> bool:
@@ -227,12 +170,12 @@ def _trains_bank(adapter: AnyAdapter) -> bool:
 
 
 def _is_own(args: TrainingArguments) -> bool:
-    return str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch")
+    return optimiser_name(args).startswith("adamw_torch")
 
 
 def _check_arguments(args: TrainingArguments, adapted: Adapted) -> None:
     """Refuse what this trainer would silently do otherwise."""
-    name = str(getattr(args.optim, "value", args.optim))
+    name = optimiser_name(args)
     if not _is_own(args):
         if name not in OTHER_OPTIMISERS:
             raise ValueError(f"--optim {name} is not offered: adamw_torch or one of {', '.join(OTHER_OPTIMISERS)}")

@@ -1,0 +1,185 @@
+"""Other people's trainers with an adapter: what a checkpoint holds, how a run goes on, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import transformers
+from core_helpers import adapt, build, make_batch, run
+from language_helpers import save_tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vblora
+from vblora.integrations import AdapterTraining, reference_of, selection_statistics
+
+RATES = {"lr_vector_bank": 1e-2, "lr_logits": 1e-1}
+COMMON = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
+COMMON |= {"use_cpu": True, "learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "steps"}
+TEXTS = [f"the {a} counts {b}" for a in ("cat", "dog") for b in ("one two three", "two three four")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("base"))
+
+
+def attached(model):
+    settings = {"num_vectors": 24, "vector_length": 8, "init_logits_std": 0.01}
+    config = vblora.VBLoRAConfig(r=2, target_modules="all-linear", exclude_modules=["lm_head"], **settings)
+    return vblora.attach(model, config, seed=1)
+
+
+def trl_or_skip():
+    return pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+
+
+def plain(base, out, **more):
+    class Trainer(AdapterTraining, transformers.Trainer): ...
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    rows = [{"input_ids": ids, "labels": ids} for ids in (tokenizer(text)["input_ids"][:8] for text in TEXTS)]
+    attached(model)
+    arguments = transformers.TrainingArguments(str(out), **COMMON, **more)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, rates=RATES)
+
+
+def seq2seq(base, out):
+    class Trainer(AdapterTraining, transformers.Seq2SeqTrainer): ...
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    attached(model)
+    rows = [{"input_ids": [n, 5, 6], "labels": [n, 7]} for n in range(3, 11)]
+    return Trainer(model, transformers.Seq2SeqTrainingArguments(str(out), **COMMON), train_dataset=rows, rates=RATES)
+
+
+def sft(base, out):
+    trl = trl_or_skip()
+    from datasets import Dataset
+
+    class Trainer(AdapterTraining, trl.SFTTrainer): ...
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    attached(model)
+    arguments = trl.SFTConfig(str(out), max_length=32, bf16=False, **COMMON)
+    rows = Dataset.from_list([{"text": text} for text in TEXTS])
+    return Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer, rates=RATES)
+
+
+def dpo(base, out):
+    trl = trl_or_skip()
+    from datasets import Dataset
+
+    class Trainer(AdapterTraining, trl.DPOTrainer): ...
+
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    reference = reference_of(model)
+    attached(model)
+    assert all(p.data_ptr() == dict(model.named_parameters())[n].data_ptr() for n, p in reference.named_parameters())
+    arguments = trl.DPOConfig(str(out), max_length=32, bf16=False, **COMMON)
+    rows = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[8:][::-1]} for text in TEXTS]
+    settings = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "rates": RATES}
+    return Trainer(model, reference, arguments, **settings)
+
+
+def grpo(base, out):
+    trl = trl_or_skip()
+    from datasets import Dataset
+
+    class Trainer(AdapterTraining, trl.GRPOTrainer): ...
+
+    def letters(completions, **_):  # a reward that differs between completions
+        return [float(sum(map(str.isalpha, text))) + len(set(text)) / 10 for text in completions]
+
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    attached(model)
+    arguments = trl.GRPOConfig(str(out), num_generations=2, max_completion_length=6, bf16=False, **COMMON)
+    rows = Dataset.from_list([{"prompt": text[:8]} for text in TEXTS])
+    settings = {"train_dataset": rows, "processing_class": tokenizer, "rates": RATES}
+    return Trainer(model, letters, arguments, **settings)
+
+
+KINDS = {"Trainer": plain, "Seq2SeqTrainer": seq2seq, "SFTTrainer": sft, "DPOTrainer": dpo, "GRPOTrainer": grpo}
+
+
+def equal(one, other):
+    ours, theirs = one.tensors("full"), other.tensors("full")
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_from_a_checkpoint_ends_as_the_other(kind, base, tmp_path):
+    whole = KINDS[kind](base, tmp_path)
+    before = {name: tensor.clone() for name, tensor in whole.adapter.tensors("full").items()}
+    whole.train()
+    assert not torch.equal(whole.adapter.tensors("full")["logits"], before["logits"])
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert all(
+        entry["learning_rate_vector_bank"] / entry["learning_rate_logits"] == pytest.approx(0.1) for entry in logs
+    )
+    assert all(0 < entry["bank_in_use"] <= 1 and 0 <= entry["selection_entropy"] <= 1 for entry in logs)
+    assert "selection_changed" in logs[-1]
+    if kind == "DPOTrainer":
+        assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # the adapter starts near the reference
+    checkpoint = tmp_path / "checkpoint-2"
+    assert (checkpoint / "adapter_model.safetensors").exists() and not list(checkpoint.glob("model*"))
+    again = KINDS[kind](base, tmp_path)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == 4 and equal(again.adapter, whole.adapter)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(base, tmp_path):
+    """Here the highest loss is called the best, so that it is not the last."""
+    more = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = plain(base, tmp_path, metric_for_best_model="eval_loss", **more)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    best = plain(base, tmp_path / "other")
+    vblora.adapter.restore(best.adapter, tmp_path / "checkpoint-2")
+    assert equal(trainer.adapter, best.adapter)
+
+
+def test_what_cannot_train_is_refused(base, tmp_path):
+    class Trainer(AdapterTraining, transformers.Trainer): ...
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    arguments = transformers.TrainingArguments(str(tmp_path), **COMMON)
+    with pytest.raises(ValueError, match="the model has 0 adapters, and this trainer takes one"):
+        Trainer(model, arguments, rates=RATES)
+    attached(model)
+    with pytest.raises(ValueError, match="lr_vector_bank is missing"):
+        Trainer(model, arguments)
+    with pytest.raises(ValueError, match="--optim adafactor does not know VB-LoRA's logits"):
+        Trainer(model, transformers.TrainingArguments(str(tmp_path), optim="adafactor", **COMMON), rates=RATES)
+    with pytest.raises(ValueError, match="make the reference before"):
+        reference_of(model)
+
+
+def test_the_reference_stays_the_base_model():
+    model = build("llama")
+    batch = make_batch("llama")
+    before = run(model, batch)
+    reference = reference_of(model)
+    adapter = adapt(model, kind="llama", init_vector_bank_bound=0.5)
+    assert not torch.equal(run(model, batch), before) and torch.equal(run(reference, batch), before)
+    assert adapter in list(model.modules()) and adapter not in list(reference.modules())
+
+
+def test_what_the_log_says_of_a_selection():
+    model = build("stack")
+    adapter = adapt(model, num_vectors=10, topk=2, vector_length=8)
+    with torch.no_grad():
+        adapter.topk_indices.copy_(torch.tensor([0, 1]).expand_as(adapter.topk_indices))
+        adapter.topk_logits.zero_()
+    before = adapter.topk_indices.clone()
+    before[0] = torch.tensor([1, 0])  # the same two
+    before[1] = torch.tensor([1, 2])
+    found = selection_statistics(adapter, before)
+    assert found["bank_in_use"] == 0.2 and found["selection_entropy"] == pytest.approx(1)
+    assert found["selection_changed"] == pytest.approx(1 / len(before))

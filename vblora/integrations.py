@@ -1,0 +1,191 @@
+"""Adapters in other people's trainers: transformers' Trainer and its kind, TRL's SFTTrainer, DPOTrainer, GRPOTrainer.
+
+    class Trainer(vblora.integrations.AdapterTraining, trl.SFTTrainer): ...
+
+    trainer = Trainer(model=model, args=..., train_dataset=..., rates=chosen.rates)
+
+Nothing of transformers or TRL is imported here. docs/integrations.md has what was run with which.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vblora.adapter import Adapter, restore
+from vblora.groups import param_groups
+from vblora.methods import VBLoRA
+from vblora.optim import AdamW
+
+
+class AdapterTraining:
+    """Put before a trainer of the Trainer family, it trains an adapter that is attached to the model.
+
+    The optimiser is `vblora.AdamW` over `vblora.param_groups`. A checkpoint holds the adapter in its full form and not
+    the model, so that it has the adapter's size, and a run that goes on from it ends as one that was not interrupted.
+    `load_best_model_at_end` loads the best checkpoint's adapter. The log has the learning rate of each group, and for
+    VB-LoRA what `selection_statistics` gives.
+
+    Args:
+        rates: learning rates beside the head's `args.learning_rate`, as `vblora.param_groups` or a recipe's `rates`
+            has them.
+        others: the trainer's own.
+
+    Raises:
+        ValueError: no adapter of this project in the model, or `args.optim` names another optimiser.
+    """
+
+    log_selection = True
+    _group_rates: Mapping[str, float] = {}  # by the names that the log has them under
+
+    def __init__(self, *positional: Any, rates: Mapping[str, float | None] | None = None, **others: Any) -> None:
+        self.rates = dict(rates or {})
+        super().__init__(*positional, **others)
+        this: Any = self
+        self.adapter: Any = self.find_adapter(this.model)
+        self._selected: Tensor | None = None
+        self.check_optimiser()
+        self.groups(this.model)  # so that a wrong rate is refused now
+
+    def find_adapter(self, model: nn.Module) -> Any:
+        """The adapter that checkpoints are of."""
+        found = [module for module in model.modules() if isinstance(module, Adapter)]
+        if len(found) != 1:
+            raise ValueError(f"the model has {len(found)} adapters, and this trainer takes one: vblora.attach first")
+        return found[0]
+
+    def check_optimiser(self) -> None:
+        """Refuse an optimiser that would be silently left out."""
+        args: Any = self.args  # type: ignore[attr-defined]
+        name = optimiser_name(args)
+        if not name.startswith("adamw_torch"):
+            raise ValueError(f"--optim {name} does not know VB-LoRA's logits: leave it out (vblora.AdamW is used)")
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """`vblora.param_groups` by the training arguments and `rates`."""
+        args: Any = self.args  # type: ignore[attr-defined]
+        return param_groups(model, args.learning_rate, weight_decay=args.weight_decay, **self.rates)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        this: Any = self
+        if this.optimizer is None:
+            betas = (this.args.adam_beta1, this.args.adam_beta2)
+            this.optimizer = AdamW(self.groups(model or this.model), betas=betas, eps=this.args.adam_epsilon)
+        return this.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's.
+
+        Raises:
+            ValueError: the loss is no finite number; what has been saved stays as it is.
+        """
+        this: Any = self
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in self.groups(this.model))
+            raise ValueError(
+                f"the loss is {float(loss)} at step {this.state.global_step + 1}: the training has diverged with the "
+                f"learning rates {rates}. Lower them, and give another --output_dir; what was saved before is left"
+            )
+        return loss
+
+    # --- The log ------------------------------------------------------------------------------------------------------
+
+    def _get_learning_rate(self) -> float:
+        this: Any = self
+        groups = enumerate(this.optimizer.param_groups)
+        self._group_rates = {f"learning_rate_{group.get('name', at)}": float(group["lr"]) for at, group in groups}
+        return super()._get_learning_rate()  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
+        if "learning_rate" in logs:  # the first group's
+            logs.update(self._group_rates)
+            if self.log_selection and isinstance(self.adapter, VBLoRA):
+                logs.update(selection_statistics(self.adapter, self._selected))
+                self._selected = self.adapter.step_selection().clone()
+        super().log(logs, *others, **more)  # type: ignore[misc]
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        this: Any = self
+        if not isinstance(self.adapter, Adapter):
+            arguments, this.args = this.args, self._arguments_to_keep()
+            try:
+                super()._save(output_dir, state_dict)  # type: ignore[misc]
+            finally:
+                this.args = arguments
+            return
+        directory = Path(output_dir or str(this.args.output_dir))
+        self.adapter.save(str(directory), form="full")
+        torch.save(self._arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
+        if this.processing_class is not None:
+            this.processing_class.save_pretrained(directory)
+
+    def _arguments_to_keep(self) -> Any:
+        """The training arguments without the hub's token, which belongs in no file."""
+        this: Any = self
+        kept = copy.copy(this.args)
+        kept.hub_token = None
+        return kept
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.adapter, Adapter):
+            restore(self.adapter, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        this: Any = self
+        restore(self.adapter, this.state.best_model_checkpoint)
+
+
+def optimiser_name(args: Any) -> str:
+    """What `--optim` says."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+@torch.no_grad()
+def selection_statistics(adapter: VBLoRA, before: Tensor | None = None) -> dict[str, float]:
+    """How an adapter of VB-LoRA selects: numbers for a log.
+
+    Args:
+        adapter: in a model.
+        before: the indices (N, k) of an earlier moment, as `adapter.step_selection()` gives them.
+
+    Returns:
+        bank_in_use: the share of the bank's vectors that some sub-vector selects.
+        selection_entropy: of a sub-vector's weights, their mean; from 0 (one vector) to 1 (k equal weights).
+        selection_changed: the share of sub-vectors that select other vectors than before; missing without `before`.
+    """
+    indices, weights = adapter.selection()
+    k = indices.shape[1]
+    entropy = torch.special.entr(weights.float()).sum(-1).mean() / math.log(k) if k > 1 else 0.0
+    found = {
+        "bank_in_use": indices.unique().numel() / adapter.config.num_vectors,
+        "selection_entropy": float(entropy),
+    }
+    if before is not None:
+        same = indices.sort(-1).values == before.to(indices).sort(-1).values
+        found["selection_changed"] = float((~same.all(-1)).float().mean())
+    return found
+
+
+def reference_of(model: nn.Module) -> nn.Module:
+    """The base model once more for DPO's `ref_model`, with the very tensors of `model`: it takes no memory of its own.
+
+    To be made before `vblora.attach`, which leaves it alone: its outputs stay the base model's.
+
+    Raises:
+        ValueError: the model has an adapter already, which would act in the copy too.
+    """
+    if any(isinstance(module, Adapter) for module in model.modules()):
+        raise ValueError("the model has an adapter already: make the reference before vblora.attach")
+    tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
