@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,3 +185,85 @@ def test_what_the_log_says_of_a_selection():
     found = selection_statistics(adapter, before)
     assert found["bank_in_use"] == 0.2 and found["selection_entropy"] == pytest.approx(1)
     assert found["selection_changed"] == pytest.approx(1 / len(before))
+
+
+# --- Lightning ----------------------------------------------------------------------------------------------------
+
+
+def fitted(out, epochs, resume=None):
+    lightning = pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = build("bert")
+            self.adapter = adapt(self.model, kind="bert", modules_to_save=["classifier"], init_logits_std=0.01)
+
+        def training_step(self, batch, number):
+            return self.model(**batch).logits.square().mean()
+
+        def configure_optimizers(self):
+            return vblora.AdamW(vblora.param_groups(self.model, lr=1e-2, **RATES))
+
+    module = Module()
+    rows = [make_batch("bert", seed=seed) for seed in range(3)]
+    kept = ModelCheckpoint(out, filename="{epoch}", save_top_k=-1)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = [kept, vblora.integrations.lightning_callback()]
+    trainer = lightning.Trainer(max_epochs=epochs, callbacks=callbacks, log_every_n_steps=1, **settings)
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=None), ckpt_path=resume)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_checkpoints_hold_what_is_trained(tmp_path):
+    whole = fitted(tmp_path, 2)
+    state = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)["state_dict"]
+    base = {name for name in build("bert").state_dict() if not name.startswith("classifier")}
+    assert not {name.removeprefix("model.") for name in state} & base and "model.classifier.weight" in state
+    again = fitted(tmp_path / "again", 2, str(tmp_path / "epoch=0.ckpt"))
+    assert equal(again.adapter, whole.adapter)
+    assert torch.equal(again.model.classifier.weight, whole.model.classifier.weight)
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "integrations.md"
+BLOCKS = dict(re.findall(r"<!-- run: (\w+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_code_of_the_page_runs(base, tmp_path, monkeypatch, capsys):
+    trl = trl_or_skip()
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    assert set(BLOCKS) == {"trainer", "sft", "dpo", "lightning", "accelerate"}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [{"input_ids": ids, "labels": ids} for ids in (tokenizer(text)["input_ids"][:8] for text in TEXTS)]
+    pairs = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[8:][::-1]} for text in TEXTS]
+    names = {"tokenizer": tokenizer, "rows": rows, "texts": Dataset.from_list([{"text": text} for text in TEXTS])}
+    names |= {"pairs": Dataset.from_list(pairs), "vblora": vblora, "trl": trl}
+    names |= {"batches": [{name: torch.tensor([ids]) for name, ids in row.items()} for row in rows]}
+    names |= {"settings": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}}
+    of_trl = {"max_length": 32, "bf16": False, **COMMON}
+    arguments = {
+        "trainer": lambda: transformers.TrainingArguments(str(tmp_path / "trainer"), **COMMON),
+        "sft": lambda: trl.SFTConfig(str(tmp_path / "sft"), **of_trl),
+        "dpo": lambda: trl.DPOConfig(str(tmp_path / "dpo"), **of_trl),
+    }
+    for name, code in BLOCKS.items():
+        if name == "lightning":
+            pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+        names["model"] = AutoModelForCausalLM.from_pretrained(base)
+        if name in arguments:
+            names["arguments"] = arguments[name]()
+        if name in ("sft", "accelerate"):
+            names["adapter"] = vblora.attach(names["model"], names["chosen"].config)
+        exec(code, names)
+        if name in ("sft", "dpo"):
+            names["trainer"].train()
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.isfinite(vblora.load(model, tmp_path / "adapter").vector_bank).all()
+    assert (tmp_path / "trainer" / "checkpoint-4" / "adapter_model.safetensors").exists()

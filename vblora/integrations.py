@@ -189,3 +189,40 @@ def reference_of(model: nn.Module) -> nn.Module:
         raise ValueError("the model has an adapter already: make the reference before vblora.attach")
     tensors: Iterable[Tensor] = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).eval()
+
+
+def lightning_callback() -> Any:
+    """A callback for Lightning's Trainer: its checkpoints hold what is trained (the adapter and heads), not the base.
+
+    The module that is fitted must have the adapted model in it. `fit(module, ckpt_path=...)` goes on from such a
+    checkpoint; the base model is the one that the module is made with.
+    """
+    import lightning
+
+    class AdapterCheckpoint(lightning.Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.strict_loading = False  # the base's tensors are not in the file
+
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            kept = trained_names(pl_module)
+            checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+
+        def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            kept, found = trained_names(pl_module), set(checkpoint["state_dict"])
+            if different := sorted(kept ^ found):
+                raise ValueError(
+                    f"the checkpoint is of another adapter or other heads: {', '.join(different[:3])} differ"
+                )
+
+    return AdapterCheckpoint()
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """The names in the model's state of all that is trained: adapters with their buffers, heads, other weights."""
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    for prefix, module in model.named_modules(remove_duplicate=False):  # a module may have it as a field of its own too
+        if isinstance(module, Adapter):
+            names |= {f"{prefix}.{name}" for name in module.state_dict()}
+            saved = {id(t) for one in module.saved.values() for t in one.state_dict(keep_vars=True).values()}
+            names |= {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in saved}
+    return names
