@@ -138,6 +138,12 @@ def make_packed(name: str, **settings: Any) -> Callable[[Path], None]:
     return make
 
 
+def make_drawn(folder: Path) -> None:
+    """A packed file without its selection, which the seed draws again."""
+    adapter = vblora.attach(base(), bank(topk=1), seed=1)
+    packed.write(adapter, folder / "adapter.safetensors", selection="seed")
+
+
 def read_adapter(folder: Path) -> Any:
     """Every way to read an adapter, `load` as the last; its settings and its numbers."""
     path = folder / "adapter"
@@ -275,6 +281,7 @@ KINDS: dict[str, Kind] = {
     "packed": Kind(make_packed("plain"), read_adapter),
     "packed, int8": Kind(make_packed("head", bank="int8", weights=8, heads="int8"), read_adapter),
     "packed, shared bank": Kind(make_packed("some", bank="shared", weights=16), read_adapter),
+    "packed, from the seed": Kind(make_drawn, read_adapter),
     "packed, split": Kind(make_packed("split"), read_adapter),
     "packed, Tied-LoRA": Kind(make_packed("tied"), read_adapter),
     "packed, LoRA-XS": Kind(make_packed("xs"), read_adapter),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import vblora
 
@@ -43,3 +44,18 @@ def test_each_method_is_known_whatever_was_imported_first():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
         vblora.nonesuch  # noqa: B018
+
+
+@pytest.mark.parametrize("command", [["merge", "m", "OUT"], ["export", "m", "OUT"]], ids=["merge", "export"])
+def test_commands_on_models_without_transformers_are_one_line(command, tmp_path):
+    adapter = vblora.attach(torch.nn.Sequential(torch.nn.Linear(16, 16)), vblora.TiedLoRAConfig(target_modules=["0"]))
+    adapter.save(tmp_path / "adapter")
+    given = [str(tmp_path / "out") if part == "OUT" else part for part in command]
+    code = (
+        "import sys; sys.modules['transformers'] = None; from vblora import cli; "
+        f"sys.exit(cli.main({[*given, '--adapter', str(tmp_path / 'adapter')]!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("vblora: error: ") and "pip install transformers" in line
+    assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from torch import nn
 
 import vblora
 from vblora import container
+from vblora.io import read_json
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BERT = {
@@ -646,3 +647,28 @@ def test_the_full_form_keeps_the_selection_that_another_optimiser_trained(tmp_pa
         torch.testing.assert_close(loaded.layer_factors()[name][0], a, rtol=0, atol=1e-6)
         torch.testing.assert_close(loaded.layer_factors()[name][1], b, rtol=0, atol=1e-6)
     assert torch.equal(loaded.topk_indices.sort().values, adapter.topk_indices.sort().values)
+
+
+def gated(**settings):
+    """An adapter of a model with a gate of one output, as Qwen2-MoE has, among wider layers."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential()
+    for name, width in {"up": 32, "down": 32, "gate": 1}.items():
+        model.add_module(name, torch.nn.Linear(32, width))
+    usual = {"r": 2, "num_vectors": 12, "vector_length": 16, "target_modules": "all-linear"}
+    return vblora.attach(model, vblora.VBLoRAConfig(**{**usual, **settings}), seed=0)
+
+
+def test_a_layer_that_keeps_the_others_from_pefts_format_is_named(tmp_path):
+    with pytest.warns(
+        UserWarning, match="native format, which PEFT cannot read, for 1 of its 3 layers: .*gate"
+    ) as said:
+        gated().save(tmp_path / "auto")
+    assert len(said) == 1 and said[0].filename == __file__
+    assert "vblora_method" in read_json(tmp_path / "auto" / "adapter_config.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gated().save(tmp_path / "meant", format="native")
+        gated(exclude_modules=["gate"]).save(tmp_path / "without")
+        gated(vector_length=12).save(tmp_path / "none_fits")
+    assert read_json(tmp_path / "without" / "adapter_config.json")["peft_type"] == "VBLORA"

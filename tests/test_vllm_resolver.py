@@ -339,7 +339,12 @@ def test_remains_of_a_process_that_was_killed_are_removed(folder, tmp_path):
     (cache / ".users" / "1-dead").write_text(f"{entry}\n")
     expanded(folder, cache, "1").find("alice", "some/model")
     left = sorted(path.name for path in cache.iterdir())
-    assert left[:2] == [".lock", ".users"] and len(left) == 3 and not (cache / ".users" / "1-dead").exists()
+    assert (
+        left[:3] == [".lock", ".locks", ".users"]
+        and len(left) == 4
+        and not list((cache / ".locks").iterdir())
+        and not (cache / ".users" / "1-dead").exists()
+    )
 
 
 def test_what_is_not_of_the_cache_is_not_touched(folder, tmp_path):
@@ -351,6 +356,71 @@ def test_what_is_not_of_the_cache_is_not_touched(folder, tmp_path):
         find_and_end(folder, tmp_path, "1", name)
     assert all((tmp_path / name / "file").exists() for name in others)
     assert len(list(folder.iterdir())) == 3
+
+
+def test_a_broken_file_is_read_again_when_it_has_changed(folder, tmp_path, monkeypatch):
+    reads, real = [], packed.loads
+    monkeypatch.setattr(packed, "loads", lambda *given: (reads.append(1), real(*given))[1])
+    file = folder / "alice.vblora.safetensors"
+    whole = file.read_bytes()
+    store = expanded(folder, tmp_path / "cache")
+    file.write_bytes(whole[:-1])
+    for again in range(3):
+        with pytest.raises(ValueError, match="has not changed since" if again else "does not fit bytes"):
+            store.find("alice", "some/model")
+    assert len(reads) == 1
+    file.write_bytes(whole)
+    assert store.find("alice", "some/model") is not None and len(reads) == 2
+    pack(folder / "xs.safetensors", method="lora_xs")  # whole, and cannot be expanded without its model
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"base model's weights"):
+            store.find("xs", "some/model")
+    assert len(reads) == 3 and entries(tmp_path / "cache") == ["alice"]
+
+
+def test_what_is_not_the_files_fault_is_tried_again(folder, tmp_path):
+    pack(folder / "with.safetensors")
+    packed.write(packed.read(folder / "with.safetensors"), folder / "with.safetensors", bank="shared")
+    (bank,) = folder.glob("*.bank.safetensors")
+    store, first = expanded(folder, tmp_path / "cache", "1"), expanded(folder, tmp_path / "cache", "1")
+    bank.rename(tmp_path / "bank")
+    with pytest.raises(ValueError, match="is not there"):
+        store.find("with", "some/model")
+    (tmp_path / "bank").rename(bank)
+    first.find("alice", "some/model")
+    with pytest.raises(ValueError, match="running servers use"):
+        store.find("with", "some/model")
+    del first
+    assert store.find("with", "some/model") is not None
+
+
+def test_an_expansion_that_takes_long_keeps_no_other_waiting(folder, tmp_path, monkeypatch):
+    from vblora.serving import expanded as module
+
+    began, goes_on, real = threading.Event(), threading.Event(), module.export
+
+    def slow(content, path, factors):
+        if path.name.startswith("alice"):
+            began.set()
+            assert goes_on.wait(60)
+        real(content, path, factors)
+
+    monkeypatch.setattr(module, "export", slow)
+    store = expanded(folder, tmp_path / "cache", "2")
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(store.find("alice", "some/model"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert began.wait(60)
+    other = expanded(folder, tmp_path / "cache", "2")
+    assert other.find("bob", "some/model").is_dir()  # while alice is being written
+    with pytest.raises(ValueError, match="the cache is full"):  # which has its room already
+        other.find("carol", "some/model")
+    goes_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1 and entries(tmp_path / "cache") == ["alice", "bob"]
+    assert not list((tmp_path / "cache" / ".locks").iterdir())
 
 
 def test_many_threads_and_stores_at_once(folder, tmp_path):

@@ -36,9 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print("vblora: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except ModuleNotFoundError as error:  # models need transformers and, for some adapters, peft
+        if error.name is None or error.name.startswith("vblora"):
+            raise
+        package = error.name.partition(".")[0]
+        return _refuse(f"this command needs {package}: pip install {package}")
     return 0
+
+
+def _refuse(message: str) -> int:
+    print("vblora: error:", " ".join(message.split()), file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -209,10 +218,8 @@ def _unpack(arguments: argparse.Namespace) -> str:
 
 
 def _merge(arguments: argparse.Namespace) -> str:
-    try:
-        from vblora.models import Tuned, write_merged
-    except ModuleNotFoundError as error:
-        raise ValueError(f"merge needs transformers: pip install transformers ({error})") from error
+    from vblora.models import Tuned, write_merged
+
     tuned = Tuned.of(
         arguments.model,
         adapter=Path(arguments.adapter) if arguments.adapter else None,
@@ -232,10 +239,8 @@ def _export(arguments: argparse.Namespace) -> str:
     source, output, dtype = Path(arguments.model), Path(arguments.output), getattr(torch, arguments.dtype)
     if source.is_file():
         return _export_packed(source, output, dtype, arguments)
-    try:
-        from vblora.models import Tuned, write_exported
-    except ModuleNotFoundError as error:
-        raise ValueError(f"export needs transformers: pip install transformers ({error})") from error
+    from vblora.models import Tuned, write_exported
+
     adapter = Path(arguments.adapter) if arguments.adapter else None
     tuned = Tuned.of(arguments.model, adapter=adapter, base=arguments.model_name_or_path)
     return str(write_exported(tuned, output, dtype, arguments.to))

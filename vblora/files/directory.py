@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -328,4 +329,17 @@ def _use_peft(config: AdapterConfig, shapes: Sequence[LayerShape], format: str) 
         reason = peft_format.obstacle(config, shapes)
     if format == "peft" and reason is not None:
         raise ValueError(f'PEFT\'s format cannot hold this adapter: {reason}; use format="native"')
+    if format == "auto" and reason is not None and type(config) is VBLoRAConfig:
+        _warn_of_misfits(config, shapes, reason)
     return format != "native" and reason is None
+
+
+def _warn_of_misfits(config: VBLoRAConfig, shapes: Sequence[LayerShape], reason: str) -> None:
+    """A few layers, such as a gate of one output, may keep the others from PEFT's format, and nobody means it."""
+    few = peft_format.misfits(config, shapes)
+    if not config.split_modules and 0 < len(few) < len(shapes):
+        warnings.warn(
+            f"the adapter is saved in the native format, which PEFT cannot read, for {len(few)} of its {len(shapes)} "
+            f'layers: {reason}. exclude_modules leaves them out; format="native" says that it is meant',
+            stacklevel=6,
+        )

@@ -40,6 +40,12 @@ START_KEY = "init_vectors_of_a"  # a setting of ours that PEFT does not have
 ENDINGS = {"logits": "", "topk_indices": "_topk_indices", "topk_weights": "_topk_weights"}
 
 
+def misfits(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> list[str]:
+    """The layers with a width that b does not divide, as PEFT needs."""
+    b = config.vector_length
+    return [shape.name for shape in shapes if shape.in_features % b or shape.out_features % b]
+
+
 def obstacle(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> str | None:
     """Why PEFT's format cannot hold this adapter, if it cannot."""
     b = config.vector_length

@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ NAME = re.compile(r"(?!.*\.\.)[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 ENTRY = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{32}")  # a directory of the cache; nothing else in it is touched
 REMAINS = re.compile(rf"\.{ENTRY.pattern}(\..*)?")  # one that was being written or removed
 LAYOUT = b"vblora lora 1\n"  # changes when the same file would be expanded into something else
+MOST_REFUSED = 10_000  # files whose refusal is remembered
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -51,6 +53,7 @@ class Expanded:
         self.cache = cache
         self.bases = bases
         self._models: dict[str, nn.Module | None] = {}  # served models without weights, by name
+        self._refused: OrderedDict[tuple[str, str], tuple[Any, str]] = OrderedDict()  # by name and served model
 
     def find(self, name: str, base_model: str) -> Path | None:
         """The directory of plain LoRA of the adapter with this name; None where there is none.
@@ -59,14 +62,26 @@ class Expanded:
             ValueError: there is a file of this name that cannot be served; the message says why.
             OSError: it cannot be read, or the cache not be written to.
         """
+        stamp = self.adapters.stamp(name)
+        if stamp is None:
+            return None
+        before, reason = self._refused.get((name, base_model), (None, ""))
+        if before == stamp:
+            raise ValueError(f"{reason} (the file has not changed since it was refused)")
         data = self.adapters.read(name)
         if data is None:
             return None
-        content = packed.loads(data, self.adapters.bank)
-        if content.base_model is not None and not self._is_served(content.base_model, base_model):
-            raise ValueError(f"it was made for {content.base_model!r}, and {base_model!r} is served")
-        self._check_fit(name, content, base_model)
-        return self.cache.directory(name, data, content)
+        try:
+            content = packed.loads(data, self.adapters.bank)
+            self._check_fit(name, content, base_model)
+            return self.cache.directory(name, data, content)
+        except OfAnotherFile:
+            raise
+        except ValueError as error:
+            self._refused[name, base_model] = (stamp, str(error))
+            while len(self._refused) > MOST_REFUSED:
+                self._refused.popitem(last=False)
+            raise
 
     def _is_served(self, wanted: str, served: str) -> bool:
         if wanted == served or wanted in self.bases:
@@ -74,8 +89,10 @@ class Expanded:
         return os.path.isdir(served) and os.path.realpath(wanted) == os.path.realpath(served)
 
     def _check_fit(self, name: str, content: Content, base_model: str) -> None:
-        """Refuse an adapter for other layers. vLLM takes one whose layers are narrower, or called otherwise, and gives
-        other outputs without a word."""
+        """Refuse an adapter for another model, or for other layers. vLLM takes one whose layers are narrower, or called
+        otherwise, and gives other outputs without a word."""
+        if content.base_model is not None and not self._is_served(content.base_model, base_model):
+            raise ValueError(f"it was made for {content.base_model!r}, and {base_model!r} is served")
         if base_model not in self._models:
             self._models[base_model] = _empty_model(base_model)
         model = self._models[base_model]
@@ -98,6 +115,10 @@ def _empty_model(name: str) -> nn.Module | None:
             return make(config)
     except Exception:  # no transformers, no such model there, or one whose own code cannot do without weights
         return None
+
+
+class OfAnotherFile(ValueError):
+    """What is wrong may change without the adapter's own file."""
 
 
 # --- Where packed files are ----------------------------------------------------------------------------------------
@@ -133,6 +154,27 @@ class PackedFolder:
                 return data
         return None
 
+    def stamp(self, name: str) -> Any:
+        """What changes when the file of this name is replaced; None where there is none or the name is no name."""
+        if NAME.fullmatch(name) is None:
+            return None
+        found = (self._stamp(name + suffix) for suffix in SUFFIXES)
+        return next((stamp for stamp in found if stamp is not None), None)
+
+    def _stamp(self, file: str) -> Any:
+        if self._system is not None:
+            path = f"{self._root.rstrip('/')}/{file}"
+            try:
+                return sorted((key, str(value)) for key, value in self._system.info(path).items())
+            except FileNotFoundError:
+                return None
+        found = []
+        for look in (os.lstat, os.stat):  # a link, and what it leads to
+            with suppress(FileNotFoundError):
+                status = look(Path(self._root) / file)
+                found.append((file, status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino))
+        return found or None
+
     def bank(self, key: str) -> Tensor:
         """The shared bank with this key, from its file in the folder.
 
@@ -140,11 +182,14 @@ class PackedFolder:
             ValueError: there is none, or it is another one; or as `read`.
         """
         file = shared_bank.file_of(key)
-        data = self._read(file)
-        if data is None:
-            raise ValueError(f"{file}, the bank that it shares with others, is not there")
-        tensors = {name: raw.tensor() for name, raw in deserialize(data)[0].items()}
-        return shared_bank.checked(tensors, key, file)
+        try:
+            data = self._read(file)
+            if data is None:
+                raise ValueError(f"{file}, the bank that it shares with others, is not there")
+            tensors = {name: raw.tensor() for name, raw in deserialize(data)[0].items()}
+            return shared_bank.checked(tensors, key, file)
+        except ValueError as error:
+            raise OfAnotherFile(str(error)) from error
 
     def _read(self, file: str) -> bytes | None:
         return self._read_local(file) if self._system is None else self._read_remote(file)
@@ -209,12 +254,14 @@ class Limit(NamedTuple):
 class Cache:
     """Directories of plain LoRA, the least recently used of which go when there is no room.
 
-    One folder serves several processes: whoever changes it holds `.lock`, and a directory appears whole, by renaming.
+    One folder serves several processes: whoever makes or takes room in it holds `.lock`, and a directory appears whole,
+    by renaming. It is written under a lock of its own, so that one that takes long keeps no other waiting.
     A directory's name is the adapter's with a hash of the packed file: a new file of the old name is a new adapter.
 
     A directory that a running process has been given is never removed. vLLM asks for an adapter once, and from then on
     goes to its directory whenever the adapter has fallen out of vLLM's own memory; not finding it would end the engine.
-    So each process keeps a list of what it was given in `.users`, locked as long as it lives.
+    So each process keeps a list of what it was given in `.users`, locked as long as it lives; with the bytes of those
+    that are being written, for which there must be room.
     """
 
     def __init__(self, folder: Path, limit: Limit) -> None:
@@ -222,7 +269,8 @@ class Cache:
         self.limit = limit
         self._list: int | None = None  # this process's list, open and locked
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (folder / ".users").mkdir(exist_ok=True, mode=0o700)
+        for part in (".users", ".locks"):
+            (folder / part).mkdir(exist_ok=True, mode=0o700)
 
     def directory(self, name: str, data: bytes, content: Content) -> Path:
         """The adapter expanded, now or before; it stays until this process ends.
@@ -231,15 +279,30 @@ class Cache:
             ValueError: it cannot be expanded, or there is no room for it.
         """
         path = self.folder / f"{name}-{hashlib.sha256(LAYOUT + data).hexdigest()[:32]}"
-        with self._locked():
-            if not path.is_dir():
-                self._remove_remains()
-                self._make_room(content)
-                export(content, path)
+        with self._alone(path.name):
+            with self._locked():
+                there = path.is_dir()
+                if there:
+                    self._hold(path.name, 0)
+            if not there:
+                self._write(path, content)
             now = time.time_ns()  # the file system's own clock may stand still for some milliseconds
             os.utime(path, ns=(now, now))
-            self._hold(path.name)
         return path
+
+    def _write(self, path: Path, content: Content) -> None:
+        """Expand an adapter; other entries may be written meanwhile."""
+        factors = content.factors()  # before it is given room
+        with self._locked():
+            self._remove_remains()
+            self._make_room(content)
+            self._hold(path.name, _expanded_bytes(content))
+        try:
+            export(content, path, factors)
+        except BaseException:
+            with self._locked():
+                self._hold(path.name, 0)
+            raise
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -250,6 +313,22 @@ class Cache:
         finally:
             os.close(handle)
 
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One expansion of this entry at a time; its lock's file goes with the last."""
+        path = self.folder / ".locks" / name
+        while True:
+            handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+            os.close(handle)  # removed by whoever had it, so that another may be there by now
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(handle)
+
     def _entries(self) -> list[Path]:
         """All directories, least recently used first."""
         return sorted(
@@ -258,10 +337,16 @@ class Cache:
         )
 
     def _remove_remains(self) -> None:
-        """What a process left that ended while it was writing or removing; under the lock there is no other."""
+        """What a process left that ended while it was writing, when its lock went, or removing, under `.lock`."""
         for path in self.folder.iterdir():
             if REMAINS.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    handle = os.open(path, os.O_RDONLY)
+                    try:
+                        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(path, ignore_errors=True)
+                    finally:
+                        os.close(handle)
 
     def _make_room(self, content: Content) -> None:
         """Remove directories that nobody has, until another one fits."""
@@ -272,9 +357,12 @@ class Cache:
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in entries}
         in_use = self._in_use()
         free = [path for path in entries if path.name not in in_use]
+        sizes |= {self.folder / name: size for name, size in in_use.items() if size and self.folder / name not in sizes}
         while self._is_full(sizes, needed):
             if not free:
-                raise ValueError(f"the cache is full of {len(sizes)} adapters that running servers use: allow it more")
+                raise OfAnotherFile(
+                    f"the cache is full of {len(sizes)} adapters that running servers use: allow it more"
+                )
             path = free.pop(0)
             del sizes[path]
             shutil.rmtree(path.rename(self.folder / f".{path.name}"))  # in one step no entry any more
@@ -285,26 +373,29 @@ class Cache:
         assert self.limit.bytes is not None
         return sum(sizes.values()) + needed > self.limit.bytes
 
-    def _in_use(self) -> set[str]:
-        """The directories that running processes were given; the lists of others are removed."""
-        names: set[str] = set()
+    def _in_use(self) -> dict[str, int]:
+        """The directories that running processes were given, and what those take that are being written; the lists of
+        others are removed."""
+        names: dict[str, int] = {}
         for path in (self.folder / ".users").iterdir():
             handle = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()  # nobody holds it
             except BlockingIOError:
-                names.update(path.read_text(encoding="utf-8").split())
+                for line in path.read_text(encoding="utf-8").split():
+                    name, _, size = line.partition(":")
+                    names[name] = int(size or 0)
             finally:
                 os.close(handle)
         return names
 
-    def _hold(self, name: str) -> None:
+    def _hold(self, name: str, size: int) -> None:
         if self._list is None:
             path = self.folder / ".users" / f"{os.getpid()}-{uuid.uuid4().hex}"
             self._list = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND, 0o600)
             fcntl.flock(self._list, fcntl.LOCK_EX)
-        os.write(self._list, f"{name}\n".encode())
+        os.write(self._list, f"{name}:{size}\n".encode())
 
     def __del__(self) -> None:
         if getattr(self, "_list", None) is not None:
