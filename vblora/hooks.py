@@ -74,9 +74,10 @@ def warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
     """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out."""
     wanted = config.target_modules
     experts = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and (wanted == "all-linear" or is_target(config, name))
+        f"{prefix}.{name}".removeprefix("."): parameter
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if _is_of_experts(module, parameter) and (wanted == "all-linear" or is_target(config, f"{prefix}.{name}"))
     }
     if experts:
         share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
@@ -85,6 +86,11 @@ def warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
             f"{next(iter(experts))} and its like are no linear layers",
             stacklevel=3,
         )
+
+
+def _is_of_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether it is a stack of matrices: no convolution's kernels, and no token or positions that a model learns."""
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
 
 
 def device_of(module: nn.Module) -> torch.device:
