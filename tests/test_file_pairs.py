@@ -74,7 +74,7 @@ def test_a_save_killed_at_any_file_event_leaves_one_of_the_two_adapters(tmp_path
     assert state(tmp_path) == before + 1 and len(found) > 10 and not all(found)
     make(64.0).save(tmp_path)
     assert state(tmp_path) == 64.0 and read_json(tmp_path / "adapter_config.json")["lora_alpha"] == 64.0
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_save_after_a_killed_one_that_fails_leaves_the_adapter(tmp_path, monkeypatch):

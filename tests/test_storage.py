@@ -292,7 +292,7 @@ def test_saving_over_another_adapter_replaces_it(tmp_path):
     adapt(model, "tied_lora").save(tmp_path)
     vblora.load(other, tmp_path)
     assert same_output(other, model, "stack")
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, TENSORS}
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, TENSORS, "README.md"}
 
 
 def test_a_save_that_fails_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
-from vblora.forward import ForwardPath
 from vblora.hooks import device_of, install_hooks, require_plain, warn_of_experts, warn_of_idle_names
-from vblora.merging import check_in_place, check_mergeable, stand_aside, stand_in, with_tied
+from vblora.merging import Mergeable, stand_aside, stand_in, with_tied
 from vblora.shapes import Count, LayerShape, check_rank
 from vblora.targets import (
     find_saved,
@@ -28,7 +27,6 @@ from vblora.targets import (
     head_tensors,
     layer_shapes,
     output_slice,
-    weight_part,
 )
 
 if TYPE_CHECKING:
@@ -94,28 +92,34 @@ def load(
     name: str | None = None,
     trainable: bool = False,
     strict_base: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
 ) -> Adapter:
-    """Attach to `model` the adapter in a directory or a packed file, in any form that this project or PEFT's VBLoRA
-    writes.
+    """Attach to `model` the adapter in a directory, in a packed file or on the hub, in any form that this project or
+    PEFT's VBLoRA writes.
 
     Everything is checked before the model is touched.
 
     Args:
         model: the base model the adapter was trained on.
-        directory: what `save`, or PEFT's `save_pretrained`, wrote; or a packed file.
+        directory: what `save`, or PEFT's `save_pretrained`, wrote; or a packed file; or a name on the hub, "user/name",
+            where there is no such path here.
         name: attribute of the model that will hold the adapter; as in `attach`.
         trainable: have VB-LoRA's logits that a top-k form lacks drawn again, so that it can be trained on: see
             `VBLoRA.redraw_logits`. The seed is the recorded one, or 0 where there is none (PEFT's files).
         strict_base: refuse, and do not only warn of, a file made on another base (`vblora.base_weights`).
+        revision: a branch, tag or commit on the hub; its main branch unless given.
+        subfolder: where in the directory or repository the adapter is.
 
     Raises:
-        ValueError: the files are damaged, hold something else, or do not fit the model; the message names
-            what is wrong. The model is as it was.
+        ValueError: the files are damaged, hold something else, or do not fit the model, or the hub does not give them;
+            the message names what is wrong. The model is as it was.
     """
     from vblora.files.reading import read_for
+    from vblora.files.remote import local_path
 
     require_plain(model)
-    found = read_for(model, Path(directory), strict_base)
+    found = read_for(model, local_path(directory, revision, subfolder), strict_base)
     with torch.inference_mode(False), torch.device("cpu"):
         adapter = Adapter.methods[type(found.config)](found.config, found.targets, None)
         install(model, adapter, name, found.saved)
@@ -146,7 +150,7 @@ def restore(adapter: Adapter, directory: str | Path, *, heads: bool = True, redr
     adapter.take_over(content, redraw=redraw)
 
 
-class Adapter(ForwardPath):
+class Adapter(Mergeable):
     """The adapter of one model. Methods derive from it; users get one from `vblora.attach` or `vblora.load`.
 
     Attributes:
@@ -179,8 +183,6 @@ class Adapter(ForwardPath):
         self.saved_names: list[str] = []  # modules of `modules_to_save`
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._trainable_before: set[str] = set()  # before the first adapter of the model
-        self._originals: dict[str, Tensor] | None = None  # base weights while merged
-        self._merged_over = 0  # adapters that were merged before this one
 
     # -- what a method may write (see also `AdapterConfig`, where the rest of a method is) --------------------------
 
@@ -232,14 +234,6 @@ class Adapter(ForwardPath):
             raise ValueError(f"the model has no {', '.join(missing)} any more, which modules_to_save name")
         return {name: names[name] for name in self.saved_names}
 
-    def require_layers(self) -> None:
-        """Refuse to go on where a layer was replaced after `attach`: the adapter acts on the old one alone.
-
-        Raises:
-            ValueError: naming the layers.
-        """
-        check_in_place(self.home[0], self.targets)
-
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base model alone. Modules of `modules_to_save` stay as they are: they are trained in place."""
@@ -250,45 +244,6 @@ class Adapter(ForwardPath):
             yield
         finally:
             self.enabled = before
-
-    @torch.no_grad()
-    def merge(self, *, reversible: bool = True) -> None:
-        """Add B A to each base weight; the forward pass is then the base model's alone.
-
-        Args:
-            reversible: keep the base weights (in CPU memory), so that `unmerge` restores them bit for bit.
-
-        Raises:
-            ValueError: already merged, or a weight is quantised, offloaded or shared with another module. Nothing
-                has been merged then.
-        """
-        if self.merged:
-            raise ValueError("the adapter is merged already")
-        self.require_layers()
-        check_mergeable(self.home[0], self.targets)
-        factors = self.layer_factors()
-        weights = {name: weight_part(module, self.outputs[name]) for name, module in self.targets.items()}
-        if reversible:
-            self._originals = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
-        for name, (a, b) in factors.items():
-            delta, weight = b @ a, weights[name]  # (out, in)
-            weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
-        self._merged_over = sum(other.merged for other in self._others())
-        self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weights back as they were before `merge`, bit for bit."""
-        if not self.merged:
-            raise ValueError("the adapter is not merged")
-        if self._originals is None:
-            raise ValueError("merged with reversible=False: the base weights were not kept")
-        for other in self._others():
-            if other.merged and other._merged_over > self._merged_over:
-                raise ValueError(f"{other.name} was merged after {self.name}: unmerge it first")
-        for name, module in self.targets.items():
-            weight_part(module, self.outputs[name]).copy_(self._originals[name])
-        self.merged, self._originals = False, None
 
     def detach(self) -> None:
         """Take the adapter off. A merged adapter stays merged into the weights; else the base model is back."""
@@ -323,20 +278,31 @@ class Adapter(ForwardPath):
         self.require_layers()
         return content_of(self, form)
 
-    def save(self, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:
+    def save(self, directory: str | Path, *, form: str = "topk", format: str = "auto", card: bool = True) -> None:
         """Write the adapter, with its `modules_to_save`, into a directory.
 
         Args:
             directory: made if missing; an adapter in it is replaced, each file in one step.
             form: "topk" to keep and use; "full" to go on training.
             format: "peft" for PEFT's VBLoRA files, "native" for our own, "auto" for PEFT's where it fits.
+            card: also a model card, README.md (`vblora.files.card`); one that somebody else wrote is left as it is.
 
         Raises:
             ValueError: a form or format that cannot hold this adapter. Nothing is written then.
         """
         from vblora.files.directory import write_directory
 
-        write_directory(self.content(form), directory, format)
+        write_directory(self.content(form), directory, format, card)
+
+    def push_to_hub(self, repository: str, **settings: Any) -> str:
+        """Upload what `save` writes to a repository of the hub, and return the address of the commit.
+
+        `settings` are those of `vblora.files.remote.push`: revision, subfolder, private, token, commit_message, form,
+        format.
+        """
+        from vblora.files import remote
+
+        return remote.push(self, repository, **settings)
 
     def pack(self, path: str | Path, **settings: Any) -> int:
         """Write the adapter, with its `modules_to_save`, as one small file.
@@ -351,8 +317,8 @@ class Adapter(ForwardPath):
         """Write the adapter as plain LoRA, exactly, for PEFT, vLLM and SGLang: see `vblora.files.lora`."""
         from vblora.files import lora
 
-        task_type = lora.task_type_of(self.home[0])
-        lora.export(self.content(), directory, self.layer_factors(), dtype=dtype, task_type=task_type)
+        content = self.content()
+        lora.export(content, directory, self.layer_factors(), dtype=dtype, task_type=content.task_type)
 
     def start_from(self, directory: str | Path, *, redraw: bool = False) -> None:
         """Take over the values of a saved adapter of the same settings, but not its heads: see `restore`."""
@@ -394,16 +360,13 @@ class Adapter(ForwardPath):
             by_layer.setdefault(id(module), []).append(index)
         return list(by_layer.values())
 
-    def _others(self) -> list[Adapter]:
-        """The model's other adapters."""
-        model, _ = self.home
-        return [module for module in model.children() if isinstance(module, Adapter) and module is not self]
-
 
 def _parameter_ids(*modules: nn.Module) -> set[int]:
     return {id(p) for module in modules for p in module.parameters()}
 
 
-def save(adapter: Adapter, directory: str | Path, *, form: str = "topk", format: str = "auto") -> None:
+def save(
+    adapter: Adapter, directory: str | Path, *, form: str = "topk", format: str = "auto", card: bool = True
+) -> None:
     """As `Adapter.save`."""
-    adapter.save(directory, form=form, format=format)
+    adapter.save(directory, form=form, format=format, card=card)

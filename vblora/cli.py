@@ -62,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     inspect = commands.add_parser("inspect", help="what a saved adapter holds")
-    inspect.add_argument("directory", metavar="DIR", help="the directory the adapter was saved in, or a packed file")
+    inspect.add_argument(
+        "directory", metavar="DIR", help="the directory the adapter was saved in, a packed file, or a name on the hub"
+    )
+    inspect.add_argument("--revision", help="a branch, tag or commit on the hub")
+    inspect.add_argument("--subfolder", help="where in the directory or repository the adapter is")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_inspect)
 
@@ -169,8 +173,9 @@ def _add_export(commands: Any) -> None:
 def _inspect(arguments: argparse.Namespace) -> str:
     # Imported here because it needs torch, which `count` does without.
     from vblora.files.describe import describe, render
+    from vblora.files.remote import local_path
 
-    description = describe(arguments.directory)
+    description = describe(local_path(arguments.directory, arguments.revision, arguments.subfolder))
     return json.dumps(description, indent=2) if arguments.json else render(description)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vblora.files.remote import in_reach as hub_in_reach
+
 Loaded = TypeVar("Loaded")
-HUB_PATIENCE = 4.0  # seconds to wait for the hub's first answer
 
 
 def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
@@ -33,19 +32,6 @@ def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
     except (OSError, ValueError, RuntimeError) as error:
         why = str(error).split("\n")[0] if reachable else "the hub cannot be reached and its cache has no copy"
         raise ValueError(f"{what}: {why}" + ("" if local else f"; without the hub use {flag}")) from error
-
-
-def hub_in_reach() -> bool:
-    """Whether anything answers at the hub's address; an error page is an answer too."""
-    from huggingface_hub.constants import ENDPOINT
-
-    try:
-        with urllib.request.urlopen(urllib.request.Request(ENDPOINT, method="HEAD"), timeout=HUB_PATIENCE):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
 
 
 @contextlib.contextmanager

@@ -123,7 +123,8 @@ class AdapterTraining:
                 this.args = arguments
             return
         directory = Path(output_dir or str(this.args.output_dir))
-        self.adapter.save(str(directory), form="full")
+        is_checkpoint = directory.name.startswith("checkpoint-")  # which nobody publishes
+        self.adapter.save(str(directory), form="full", card=not is_checkpoint)
         torch.save(self._arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
         if this.processing_class is not None:
             this.processing_class.save_pretrained(directory)

@@ -10,7 +10,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vblora.targets import is_conv1d, is_quantized, weight_of
+from vblora.forward import ForwardPath
+from vblora.targets import is_conv1d, is_quantized, weight_of, weight_part
+
+
+class Mergeable(ForwardPath):
+    """An adapter that can be added to the weights of its layers, and taken out again."""
+
+    targets: dict[str, nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._originals: dict[str, Tensor] | None = None  # base weights while merged
+        self._merged_over = 0  # adapters that were merged before this one
+
+    def layer_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A (r, in) and B (out, r) of each layer by name."""
+        raise NotImplementedError
+
+    def require_layers(self) -> None:
+        """Refuse to go on where a layer was replaced after `attach`: the adapter acts on the old one alone.
+
+        Raises:
+            ValueError: naming the layers.
+        """
+        check_in_place(self.home[0], self.targets)
+
+    @torch.no_grad()
+    def merge(self, *, reversible: bool = True) -> None:
+        """Add B A to each base weight; the forward pass is then the base model's alone.
+
+        Args:
+            reversible: keep the base weights (in CPU memory), so that `unmerge` restores them bit for bit.
+
+        Raises:
+            ValueError: already merged, or a weight is quantised, offloaded or shared with another module. Nothing
+                has been merged then.
+        """
+        if self.merged:
+            raise ValueError("the adapter is merged already")
+        self.require_layers()
+        check_mergeable(self.home[0], self.targets)
+        factors = self.layer_factors()
+        weights = {name: weight_part(module, self.outputs[name]) for name, module in self.targets.items()}
+        if reversible:
+            self._originals = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
+        for name, (a, b) in factors.items():
+            delta, weight = b @ a, weights[name]  # (out, in)
+            weight.copy_(weight.to(delta.dtype) + delta.to(weight.device))
+        self._merged_over = sum(other.merged for other in self._others())
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weights back as they were before `merge`, bit for bit."""
+        if not self.merged:
+            raise ValueError("the adapter is not merged")
+        if self._originals is None:
+            raise ValueError("merged with reversible=False: the base weights were not kept")
+        for other in self._others():
+            if other.merged and other._merged_over > self._merged_over:
+                raise ValueError(f"{other.name} was merged after {self.name}: unmerge it first")
+        for name, module in self.targets.items():
+            weight_part(module, self.outputs[name]).copy_(self._originals[name])
+        self.merged, self._originals = False, None
+
+    def _others(self) -> list[Any]:
+        """The model's other adapters."""
+        model, _ = self.home
+        return [module for module in model.children() if isinstance(module, Mergeable) and module is not self]
 
 
 def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vblora.base_weights import BaseSample, take_sample
 from vblora.config import AdapterConfig, TensorSpec
@@ -34,6 +35,8 @@ class Content:
         conv1d: the adapted layers are transformers' Conv1D.
         stored: how each tensor was written, and in how many bytes; empty for what comes from no packed file.
         base_sample: single weights of the base model, where they are known.
+        task_type: PEFT's name of what the base model does, such as "CAUSAL_LM", where it has one.
+        num_labels: how many a classifier tells apart.
     """
 
     config: AdapterConfig
@@ -45,6 +48,8 @@ class Content:
     conv1d: bool = False
     stored: dict[str, tuple[str, int]] = field(default_factory=dict)
     base_sample: BaseSample | None = None
+    task_type: str | None = None
+    num_labels: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -85,7 +90,36 @@ def content_of(adapter: Any, form: str) -> Content:
         adapter.init_seed,
         any(is_conv1d(module) for module in adapter.targets.values()),
         base_sample=take_sample(model, adapter.targets, adapter.shapes, adapter.outputs),
+        task_type=task_type_of(model, adapter.saved_names),
+        num_labels=getattr(getattr(model, "config", None), "num_labels", None),
     )
+
+
+# PEFT's names by the endings of transformers' classes, and the heads of such a model that PEFT adds to modules_to_save.
+TASK_TYPES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
+}
+
+
+def task_type_of(model: nn.Module, saved: Collection[str]) -> str | None:
+    """PEFT's name of what a model does, with which its AutoPeftModelFor... classes load an adapter of it.
+
+    None where PEFT could not: it looks for the head in the file, and so wants it among the `saved` modules.
+    """
+    ending = next((end for end in TASK_TYPES if type(model).__name__.endswith(end)), None)
+    if ending is None:
+        return None
+    task_type, heads = TASK_TYPES[ending]
+    if ending == "ForConditionalGeneration":  # some take sounds or pictures, and are none of PEFT's kinds
+        of_texts = getattr(model, "main_input_name", None) == "input_ids"
+        return task_type if of_texts and getattr(model.config, "is_encoder_decoder", False) else None
+    own = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in heads}
+    return task_type if not heads or (own and own <= set(saved)) else None
 
 
 class FileContent(NamedTuple):

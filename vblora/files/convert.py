@@ -60,6 +60,8 @@ def pack_directory(
 def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> Content:
     """Write the adapter in a packed file as a directory in its top-k form, and return what was in the file.
 
+    The directory names no task (PEFT's task_type), as a packed file has none.
+
     Args:
         file: a packed file.
         directory: made if missing.
@@ -71,10 +73,7 @@ def unpack(file: str | Path, directory: str | Path, *, format: str = "auto") -> 
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     content = packed.read(file)
-    files = to_files(
-        content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
-    )
-    write_files(directory, *files, content)
+    write_files(directory, *to_files(content, format), content, card=True)
     return content
 
 

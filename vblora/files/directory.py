@@ -6,6 +6,8 @@ wherever that format can hold it; everything else in a format of our own of the 
     adapter_config.json         {"vblora_method": "tied_lora", ...the settings}
     adapter_model.safetensors   the method's tensors by their names, and "head.<parameter>" for heads
 
+A model card, README.md (vblora.files.card), is for people and the hub, and never read.
+
 The second is all of an adapter: its metadata have the settings too, and a checksum over both. So it is what we read,
 and what PEFT reads, adapter_config.json, follows it.
 
@@ -22,7 +24,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from vblora.base_weights import read_sample
 from vblora.config import FORMS, AdapterConfig, VBLoRAConfig
 from vblora.container import TensorFile
 from vblora.files import peft_format
+from vblora.files.card import CARD_FILE, card_of, is_foreign, written
 from vblora.files.content import Content, FileContent, check_floats, check_heads, check_tensors, form_of
 from vblora.io import alone_in, is_being_replaced, json_text, read_json, replacing, write_json, write_tensors
 from vblora.shapes import LayerShape, check_rank
@@ -51,47 +54,39 @@ HEAD_PREFIX = "head."
 FORMATS = ("auto", "peft", "native")
 
 
-def write_directory(content: Content, directory: str | Path, format: str = "auto") -> None:
-    """Write an adapter into a directory; what was there is replaced in one step.
+def write_directory(content: Content, directory: str | Path, format: str = "auto", card: bool = True) -> None:
+    """Write an adapter into a directory, with a model card if wanted; what was there is replaced in one step.
 
     Raises:
         ValueError: no such format, one that cannot hold this adapter, or a tensor holds NaN or infinite numbers, which
-            no reader would take. What was there stays.
+            no reader would take; or the card cannot be written. What was there stays.
     """
     if format not in FORMATS:
         raise ValueError(f"format is one of {', '.join(FORMATS)}, not {format!r}")
     for name, tensor in {**content.tensors, **content.heads}.items():
         if tensor.is_floating_point():
             check_floats(name, tensor)
-    files = to_files(
-        content.config, content.shapes, content.tensors, content.heads, content.conv1d, content.base_model, format
-    )
-    write_files(directory, *files, content)
+    write_files(directory, *to_files(content, format), content, card)
 
 
-def to_files(
-    config: AdapterConfig,
-    shapes: Sequence[LayerShape],
-    native: dict[str, Tensor],
-    heads: dict[str, Tensor],
-    conv1d: bool,
-    base_name: str | None,
-    format: str,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_files(content: Content, format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the two files of a directory hold: the settings, and the tensors by their names there."""
+    config, shapes, native = content.config, content.shapes, content.tensors
     if "topk_indices" in native:
         assert isinstance(config, VBLoRAConfig)
         native = {**native, "topk_indices": native["topk_indices"].to(smallest_index_dtype(config.num_vectors))}
     if _use_peft(config, shapes, format):
         assert isinstance(config, VBLoRAConfig)
-        settings = peft_format.to_peft_config(config, shapes, form_of(native), conv1d, base_name)
+        settings = peft_format.to_peft_config(
+            config, shapes, form_of(native), content.conv1d, content.base_model, content.task_type
+        )
         tensors = peft_format.to_peft(native, config, shapes)
         head_prefix = peft_format.PREFIX
     else:
         settings = {METHOD_KEY: config.method, **config.to_dict()}
         tensors = dict(native)
         head_prefix = HEAD_PREFIX
-    return settings, tensors | {head_prefix + name: t for name, t in heads.items()}
+    return settings, tensors | {head_prefix + name: t for name, t in content.heads.items()}
 
 
 def write_files(
@@ -99,14 +94,16 @@ def write_files(
     settings: dict[str, Any],
     tensors: dict[str, Tensor],
     content: Content,
+    card: bool,
 ) -> None:
-    """Write the two files of a directory, one save at a time; of the content only what is not in these is looked at.
+    """Write the files of a directory, one save at a time; of the content only what is not in these is looked at.
 
     The tensors' file holds the settings too, with a checksum over both, so that the save is done in the one step that
     puts it in its place. adapter_config.json, which PEFT reads, lies ready beside it then and follows.
     """
     directory = Path(directory)
     text = json_text(directory / CONFIG_FILE, settings)
+    wanted = card and not is_foreign(directory / CARD_FILE)
     metadata = {} if content.init_seed is None else {"init_seed": str(content.init_seed)}
     metadata |= {} if content.base_sample is None else content.base_sample.metadata()
     if METHOD_KEY not in settings:
@@ -115,7 +112,10 @@ def write_files(
     metadata[CHECKSUM] = pair_checksum(_own_settings(metadata)[0], tensors, metadata)
     with alone_in(directory):
         _finish_interrupted(directory)
-        with replacing(directory / CONFIG_FILE) as ready:
+        with (
+            written(directory / CARD_FILE, card_of(content, METHOD_KEY not in settings)) if wanted else nullcontext(),
+            replacing(directory / CONFIG_FILE) as ready,
+        ):
             ready.write_text(text, encoding="utf-8")
             write_tensors(directory / TENSOR_FILE, tensors, metadata)
 

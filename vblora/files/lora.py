@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vblora.config import AdapterConfig
 from vblora.files.content import Content
@@ -49,7 +49,7 @@ def export(
         directory: made; it must not exist, or be empty.
         factors: by layer, where the content alone does not give them (LoRA-XS).
         dtype: of the factors in the file.
-        task_type: PEFT's, which its AutoPeftModelFor... classes ask for; CAUSAL_LM where a language model is attached.
+        task_type: PEFT's, which its AutoPeftModelFor... classes ask for (`vblora.files.content.task_type_of`).
 
     Raises:
         ValueError: the directory is taken, `dtype` cannot hold the factors, or the file alone does not say what they
@@ -195,8 +195,3 @@ def padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tuple
     if not all(torch.isfinite(t).all() for t in pair):
         raise ValueError(f"{name}: its factors have numbers that {dtype} cannot hold: use another dtype")
     return pair
-
-
-def task_type_of(model: nn.Module) -> str | None:
-    """CAUSAL_LM for a language model; some other types would make PEFT add a head of its own."""
-    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -97,6 +97,7 @@ def to_peft_config(
     form: str,
     fan_in_fan_out: bool,
     base_name: str | None,
+    task_type: str | None = None,
 ) -> dict[str, Any]:
     """The adapter_config.json that PEFT reads."""
     settings = config.to_dict()
@@ -114,7 +115,7 @@ def to_peft_config(
         "peft_type": "VBLORA",
         "revision": None,
         "save_only_topk_weights": form == "topk",
-        "task_type": None,
+        "task_type": task_type,
     }
 
 
