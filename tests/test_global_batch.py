@@ -194,3 +194,53 @@ def test_a_secret_stands_in_no_plan_no_name_and_no_message(tmp_path):
     AdapterTrainer(adapted, RATES, arguments).save_model(str(tmp_path / "kept"))
     files = [path for path in (tmp_path / "kept").iterdir() if path.is_file()]
     assert files and not any(b"hf_abcdefg" in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("ken", "the token is taken: --api_key=ken, --api_key ken", "the token is taken: --api_key=***, --api_key ***"),
+        ("data", "data_dir, database and 'data' at --api_key=data", "data_dir, database and '***' at --api_key=***"),
+        ("sk-abcdef", "https://host/?k=sk-abcdefg", "https://host/?k=***g"),
+        ("", "nothing --api_key=", "nothing --api_key="),
+    ],
+)
+def test_short_secrets_leave_other_words_as_they_are(key, text, expected, monkeypatch):
+    assert masked(text, [f"--api_key={key}"]) == expected == masked(text, ["--api_key", key])
+    monkeypatch.setenv("A_JUDGES_API_KEY", key)
+    monkeypatch.setenv("MAX_TOKENS", "12345678")
+    if len(key) >= 4:
+        assert key not in masked(f"Incorrect API key provided: {key}.", [])
+    assert masked("the token is 12345678", []) == "the token is 12345678"
+
+
+def small_trainer(tmp_path, rates=RATES, **more):
+    settings = {"save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, **more}
+    adapted = apply_method(build("bert"), "vblora", SETTINGS)
+    return AdapterTrainer(adapted, rates, TrainingArguments(str(tmp_path), **settings), train_dataset=Rows(10))
+
+
+@pytest.mark.parametrize("clipped", [1.0, 0.0])
+def test_an_infinite_gradient_ends_the_run_at_its_step(clipped, tmp_path):
+    trainer = small_trainer(tmp_path, max_steps=5, max_grad_norm=clipped)
+    bank, passes = trainer.adapter.vector_bank, []
+
+    def spoil(gradient):
+        passes.append(1)
+        return gradient * float("inf") if len(passes) == 3 else gradient
+
+    bank.register_hook(spoil)
+    with pytest.raises(ValueError, match=r"gradient's norm is (inf|nan) at step 3: .*vector_bank .* Lower"):
+        trainer.train()
+    assert bank.isfinite().all() and trainer.state.global_step == 2
+
+
+def test_the_log_has_the_rate_of_each_group(tmp_path):
+    trainer = small_trainer(tmp_path, max_steps=4, logging_steps=1, learning_rate=1e-3, lr_scheduler_type="linear")
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    begun = {f"learning_rate_{group['name']}": group["initial_lr"] for group in trainer.optimizer.param_groups}
+    assert begun.keys() == {"learning_rate_vector_bank", "learning_rate_logits"} and len(logged) == 4
+    shares = [{entry[name] / rate for name, rate in begun.items()} for entry in logged]
+    assert all(len(share) == 1 for share in shares)  # the schedule's
+    assert len(set.union(*shares)) == 4

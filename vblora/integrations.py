@@ -88,12 +88,28 @@ class AdapterTraining:
         this: Any = self
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
-            rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in self.groups(this.model))
-            raise ValueError(
-                f"the loss is {float(loss)} at step {this.state.global_step + 1}: the training has diverged with the "
-                f"learning rates {rates}. Lower them, and give another --output_dir; what was saved before is left"
-            )
+            raise self._diverged(f"loss is {float(loss)}")
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer's, which asks for it before each step.
+
+        Raises:
+            ValueError: it is no finite number, also where the loss still is. (A GradScaler leaves such steps out.)
+        """
+        this: Any = self
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[misc]
+        if norm is not None and this.accelerator.scaler is None and not math.isfinite(norm):
+            raise self._diverged(f"gradient's norm is {float(norm)}")
+        return norm
+
+    def _diverged(self, how: str) -> ValueError:
+        this: Any = self
+        rates = ", ".join(f"{g['name']} {g['lr']:.3g}" for g in self.groups(this.model))
+        return ValueError(
+            f"the {how} at step {this.state.global_step + 1}: the training has diverged with the learning rates "
+            f"{rates}. Lower them, and give another --output_dir; what was saved before is left"
+        )
 
     # --- The log ------------------------------------------------------------------------------------------------------
 

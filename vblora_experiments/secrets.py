@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 # The last word of the name counts: hub_token is a secret, max_new_tokens and pad_token_id are none.
 _SECRET = re.compile(r"(^|[_-])(token|key|password|passwd|secret|credentials?)$", re.IGNORECASE)
-SHORTEST = 4  # characters of a value that is looked for in a text
+SHORTEST, LONG = 4, 8  # characters of a value that is looked for in a text: as a word of its own, or anywhere
 
 
 def is_secret(name: str) -> bool:
@@ -30,10 +31,24 @@ def _cleared(value: Any) -> Any:
 
 
 def masked(text: str, arguments: Sequence[str] | None = None) -> str:
-    """The text with "***" for every secret of a command line; this process's unless given."""
+    """The text with "***" for every secret of a command line (this process's unless given) and of the environment.
+
+    A value of fewer than eight characters is masked as a word of its own alone, and of fewer than four only behind its
+    flag: elsewhere the same letters are other words as a rule.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parts = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     for flag, value in itertools.pairwise(parts):
-        if flag.startswith("--") and is_secret(flag) and len(value) >= SHORTEST:
-            text = text.replace(value, "***")
+        if flag.startswith("--") and is_secret(flag) and value:
+            text = re.sub(rf"({re.escape(flag)}[= ]){re.escape(value)}(?!\w)", r"\1***", text)
+            text = _without(text, value)
+    for name, value in os.environ.items():
+        if is_secret(name):
+            text = _without(text, value)
     return text
+
+
+def _without(text: str, value: str) -> str:
+    if len(value) >= LONG:
+        return text.replace(value, "***")
+    return re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", "***", text) if len(value) >= SHORTEST else text
