@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from core_helpers import adapt, build, groups_for, make_batch, run
 from language_helpers import tiny_llama
 from torch.nn.parallel import DistributedDataParallel
 
@@ -231,3 +232,46 @@ def test_the_configurations_are_accelerates_own():
         "deepspeed_zero2": "DistributedType.DEEPSPEED",
     }
     assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A group of this process alone, over a file."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_1_is_refused_whenever_the_optimiser_is_made(one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def wrapped(model):
+        model.requires_grad_(True)  # FSDP 1 wants one kind in a flat piece
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+
+    model = build("stack")
+    adapt(model)
+    optimizer = vblora.AdamW(groups_for(model))
+    with pytest.raises(ValueError, match="flat piece, as FSDP 1 makes"):
+        run(wrapped(model), make_batch("stack")).sum().backward()
+    with pytest.raises(ValueError, match="flat piece, as FSDP 1 makes"):
+        optimizer.step()
+    model = build("stack")
+    adapt(model)
+    whole = wrapped(model)
+    for make in (lambda: vblora.AdamW(whole.parameters(), lr=1e-3), lambda: groups_for(whole)):
+        with pytest.raises(ValueError, match="flat piece, as FSDP 1 makes"):
+            make()
+
+
+def test_a_part_of_the_logits_is_refused():
+    """What FSDP 1 with use_orig_params leaves in the parameter between passes, on each of several processes."""
+    model = build("stack")
+    adapter = adapt(model)
+    optimizer = vblora.AdamW(groups_for(model))
+    adapter.topk_logits.data = adapter.topk_logits.data.flatten()[:5]
+    with pytest.raises(ValueError, match=r"a part of themselves.*use_orig_params"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"a part of themselves.*use_orig_params"):
+        groups_for(model)

@@ -196,7 +196,9 @@ class ForwardPath(nn.Module):
 
     @property
     def parameter_device(self) -> torch.device:
-        return next(self.parameters()).device
+        if (first := next(self.parameters(), None)) is None:
+            raise ValueError("the adapter's parameters are part of a flat piece, as FSDP 1 makes: use FSDP2 or DDP")
+        return first.device
 
     def __getstate__(self) -> dict[str, Any]:
         # The composition is a cache with a graph in it: neither can nor should be copied.

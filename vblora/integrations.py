@@ -85,7 +85,6 @@ class AdapterTraining:
         Raises:
             ValueError: the loss is no finite number; what has been saved stays as it is.
         """
-        this: Any = self
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise self._diverged(f"loss is {float(loss)}")

@@ -35,6 +35,11 @@ def require_whole(adapter: VBLoRA) -> None:
             f"the logits of VB-LoRA are divided over processes ({type(logits).__name__}), and its optimiser needs them "
             f"whole to select: {WAY_OUT}"
         )
+    if logits.shape != adapter.topk_indices.shape:
+        raise ValueError(
+            f"the logits of VB-LoRA have the shape {tuple(logits.shape)} and not {tuple(adapter.topk_indices.shape)}: "
+            f"they are a part of themselves, as FSDP 1 makes with use_orig_params: {WAY_OUT}"
+        )
     if owner_of(logits) is not adapter:
         register_owner(logits, adapter)
 
@@ -65,7 +70,10 @@ def require_present(adapters: Iterable[weakref.ref[VBLoRA]], groups: Iterable[di
     present = {id(parameter) for group in groups for parameter in group["params"]}
     for reference in adapters:
         adapter = reference()
-        if adapter is None or not any(p is not None and p.requires_grad for p in adapter._parameters.values()):
+        if adapter is None:
+            continue
+        own = adapter._parameters.values()
+        if own and not any(p is not None and p.requires_grad for p in own):
             continue
         require_whole(adapter)
         if adapter.topk_logits.requires_grad and id(adapter.topk_logits) not in present:
