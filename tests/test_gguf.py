@@ -151,7 +151,14 @@ def test_llama_cpp_decodes_with_it_as_we_do(tiny):
     assert export(folder) == 0
     write_base(model, folder / "base.gguf")
     prompt = [5, 17, 33, 2, 60]
-    settings = {"n_ctx": 64, "logits_all": True, "verbose": False, "n_threads": 1}
+    settings = {
+        "n_ctx": 64,
+        "logits_all": True,
+        "verbose": False,
+        "n_threads": 1,
+        "type_k": 0,
+        "type_v": 0,
+    }  # its cache in float32
     plain = llama_cpp.Llama(str(folder / "base.gguf"), **settings)
     engine = llama_cpp.Llama(str(folder / "base.gguf"), lora_path=str(folder / "a.gguf"), **settings)
     with torch.no_grad():
