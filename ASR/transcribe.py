@@ -27,6 +27,7 @@ from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
 from vblora_experiments import commands, runs
 from vblora_experiments.progress import Progress
+from vblora_experiments.text_files import parsed_json
 from whisper_models import Prompt, load_tokenizer, load_whisper, prompt_of
 
 
@@ -99,7 +100,7 @@ def transcribe_split(options: Options) -> Path:
     missing = [number for number in range(len(part.clips)) if number not in done.texts]
     if missing:
         decode(load(tuned, options.merge), tuned, part, sounds, missing, options, done)
-    texts = [json.loads(done.texts[number]) for number in range(len(part.clips))]
+    texts = [_read(done.texts[number], f"{done.path}, clip {number}") for number in range(len(part.clips))]
     with replacing(target) as temporary:
         rows = "".join(f"{clip.name}\t{text['text']}\n" for clip, text in zip(part.clips, texts, strict=True))
         temporary.write_text(f"path\ttext\n{rows}", encoding="utf-8")
@@ -108,6 +109,14 @@ def transcribe_split(options: Options) -> Path:
     done.path.unlink()
     print(f"{target}: {len(texts)} texts, {cut} of them cut at {decoding.max_new_tokens} tokens")
     return target
+
+
+def _read(text: str, where: str) -> dict[str, Any]:
+    """What `decode` has kept of a clip."""
+    value = parsed_json(text, where)
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or "ended" not in value:
+        raise ValueError(f"{where}: no text of a clip; the file is damaged: remove it")
+    return value
 
 
 def parse(arguments: list[str]) -> Options:

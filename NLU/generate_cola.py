@@ -16,7 +16,6 @@ adjectives, names and opening phrases that train.tsv never does.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -623,14 +622,15 @@ def write(
     """Write the three files into ``folder``; each appears whole or not at all."""
     if train < 2 or dev < 8:
         raise ValueError(f"at least --train 2 and --dev 8 are needed, not {train} and {dev}")
+    from vblora.io import replacing  # takes seconds, as torch does
+
     folder = Path(folder)
     files = generate(train, dev, seed, phenomena)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, rows in files.items():
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        partial.write_bytes("".join(row.line() for row in rows).encode())
-        os.replace(partial, folder / name)
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes("".join(row.line() for row in rows).encode())
         paths.append(folder / name)
     return paths
 

@@ -124,7 +124,7 @@ def test_learning_rates_of_the_paper_are_vb_loras_alone():
     assert set(MethodArguments(method="lora").rates().values()) == {None}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "3", "{"])
+@pytest.mark.parametrize("text", ["", "[1]", "3", "{", "[" * 100_000, "1" * 5001], ids=range(6))
 def test_settings_that_are_no_json_object_are_refused(text):
     with pytest.raises(ValueError, match="JSON"):
         parse_settings(text)

@@ -139,7 +139,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"settings are JSON, and {text!r} is not: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f'settings are a JSON object such as {{"lora_alpha": 16}}, not {text!r}')

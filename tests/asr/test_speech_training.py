@@ -319,3 +319,10 @@ def test_outputs_and_references_must_name_the_same_recordings(tmp_path):
     result = score_speech.main(arguments)
     assert result["rates"]["raw"]["wer"]["percent"] == 100 and result["rates"]["unicode"]["wer"]["percent"] == 50
     assert read_json(tmp_path / "rates.json")["empty_outputs"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"text": 1, "ended": true}', '{"text": "a"}', "[" * 100_000], ids=range(5))
+def test_a_damaged_text_of_a_clip_is_named_with_its_place(text):
+    assert transcribe._read('{"text": "a", "ended": true}', "f, clip 0") == {"text": "a", "ended": True}
+    with pytest.raises(ValueError, match="f, clip 0: no"):
+        transcribe._read(text, "f, clip 0")

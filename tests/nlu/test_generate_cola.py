@@ -191,6 +191,7 @@ def test_only_the_promised_method_of_random_is_used(monkeypatch):
 
 
 def test_sizes_and_no_leftovers(tmp_path):
+    (tmp_path / ".train.tsv.abcdef12.tmp").touch()  # of a process that was killed
     assert generate_cola.main([str(tmp_path), "--train", "40", "--dev", "20", "--seed", "5"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
     assert [len((tmp_path / name).read_text().splitlines()) for name in NAMES] == [40, 12, 8]
