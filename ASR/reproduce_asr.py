@@ -139,7 +139,7 @@ def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[T
         for code, language in LANGUAGES[size].items():
             if options.languages and code not in options.languages:
                 continue
-            changes = {"language": code} | ({"language_token": language.token} if language.token else {})
+            changes = language.flags(code)
             if int(row(f"{size}/{ZERO_SHOT}").get("window", WHOLE_WINDOW)) < WHOLE_WINDOW:
                 whole = {**changes, "window": str(WHOLE_WINDOW)}
                 yield Trial(f"{size}/{ZERO_SHOT}", f"{code}_window{WHOLE_WINDOW}", whole, extra=extra)

@@ -22,7 +22,7 @@ from vblora_experiments import commands, records
 from vblora_experiments.runs import real_flags
 
 Panels = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # the records of each line, by panel and name
-OF_LANGUAGE = ("language", "language_token")
+OF_LANGUAGE = ("language", "language_token", "max_new_tokens")
 
 
 def main(arguments: list[str]) -> None:

@@ -128,6 +128,8 @@ def test_the_plan_has_zero_shot_always_once_and_at_the_whole_window():
         "tiny_en_lora_it_seed0",
         "tiny_en_lora_it_seed1",
     ]
+    russian = planned("--methods", "lora", "--languages", "ru", "--seeds", "0")[-1]
+    assert russian.changes == {"language": "ru", "max_new_tokens": "160"}  # Cyrillic takes many of tiny.en's tokens
     large = planned("--sizes", "large_v2_fleurs", "--methods", "recipe", "--seeds", "0")
     assert len(large) == 2 * len(asr_rows.FLEURS_UNSEEN)
     assert large[0].changes == {"language": "ast", "language_token": "es"} and large[0].folder == "ast_es"
