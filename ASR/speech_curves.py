@@ -47,7 +47,7 @@ def grouped(found: Sequence[dict[str, Any]], model: str | None, language: str | 
     panels: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in found:
         own, method = record["row"].split("/")
-        if record["curve"] and model in (None, own) and language in (None, record["language"]):
+        if record.get("curve") and model in (None, own) and language in (None, record["language"]):
             flags = {
                 n: v for n, v in real_flags(record["overrides"]).items() if n not in ("language", "language_token")
             }

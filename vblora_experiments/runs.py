@@ -317,7 +317,7 @@ class Trial:
 
     def differences(self, record: Mapping[str, Any]) -> list[str]:
         """The flags whose values in the record are not those of the row and its changes."""
-        settings = todays(record["settings"])
+        settings = {**record.get("decoding", {}), **record.get("testing", {}), **todays(record["settings"])}
         flags = {**self.row_flags(), **self.overrides}
         # A record leaves out what is at its default.
         known = settings if flags.keys() <= settings.keys() else {**_training_defaults(), **settings}

@@ -40,11 +40,14 @@ def record(trial, wer, data="d", cut=0):
         "row": trial.row,
         "overrides": dict(trial.overrides),
         "seed": trial.seed,
+        "model": "whisper",
+        "method": flags["method"],
+        "language": trial.changes["language"],
         "settings": {**flags, "data_fingerprint": data},
         "dev": {"rates": rates, "clips": 30, "cut": 0},
         "test": {"rates": rates, "clips": 61, "cut": cut},
         "scores": {"WER": wer, "CER": wer},
-        "stored_parameters": {"parameters": 15_974},
+        "stored_parameters": {"parameters": 15_974, "bytes": 63_896},
         "train_seconds": 600.0,
     }
 
@@ -137,6 +140,15 @@ def test_the_plan_has_zero_shot_always_once_and_at_the_whole_window():
         planned("--languages", "xx")
 
 
+def test_a_record_of_another_limit_of_tokens_is_not_the_rows():
+    trial = planned("--methods", "lora", "--languages", "it", "--seeds", "0")[-1]
+    kept = record(trial, 50.0)
+    kept["decoding"] = {"beam": 1, "max_new_tokens": kept["settings"].pop("max_new_tokens")}
+    assert trial.is_of(kept)
+    kept["decoding"]["max_new_tokens"] = 40
+    assert not trial.is_of(kept) and trial.differences(kept) == ["max_new_tokens"]
+
+
 def test_a_row_for_each_set_of_layers():
     flags = ["--languages", "it", "--seeds", "0", "--methods", "lora", "full", "--targets"]
     trials = planned(*flags, "decoder", "encoder", "both", "cross")
@@ -190,7 +202,7 @@ def test_curves_are_of_each_row_language_and_flags(tmp_path, capsys):
         changes = {"language": "it", **flags}
         found = record(Trial(f"tiny_en/{method}", "it", changes, seed), 50.0)
         curve = [{"step": 50 * (at + 1), "loss": loss} for at, loss in enumerate(losses)]
-        write_json(tmp_path / f"{name}.json", {**found, "curve": curve, "language": "it"})
+        write_json(tmp_path / f"{name}.json", {**found, "curve": curve})
 
     one("a", "lora", 0, [3.0, 2.0])
     one("b", "lora", 1, [2.0, 1.0, 0.5])
