@@ -16,6 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 import train_speech
 import transcribe
 import word_errors
@@ -25,7 +27,7 @@ from speech_data import read_outputs, read_table
 from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
-from vblora_experiments import commands, runs, training_run
+from vblora_experiments import commands, publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
 
@@ -62,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
     )
     runs.finish(settings.output_dir, record)
     print(summary(record))
-    return record
+    return publishing.published(settings.of(TrainingArguments), record)
 
 
 def transcribe_parts(settings: Settings) -> float:

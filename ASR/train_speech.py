@@ -35,7 +35,7 @@ from vblora.io import write_json
 from vblora.models import TRAINING_FILE, model_name, torch_dtype
 from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, records, runs, training_run
+from vblora_experiments import commands, publishing, records, runs, training_run
 from vblora_experiments.arguments import MethodArguments, given
 from vblora_experiments.command_line import Script, Settings
 from vblora_experiments.whisper_counts import TARGETS
@@ -126,7 +126,9 @@ SCRIPT = Script("train_speech.py", KINDS, DEFAULTS, training_row, place, descrip
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
-    return SCRIPT.start(arguments, train)
+    return SCRIPT.start(
+        arguments, lambda settings: publishing.published(settings.of(TrainingArguments), train(settings))
+    )
 
 
 def train(settings: Settings) -> dict[str, Any]:

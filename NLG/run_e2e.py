@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 import decode
 import e2e_scores
 import train
@@ -23,7 +25,7 @@ from e2e_data import group, load_split
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora_experiments import commands, runs, training_run
+from vblora_experiments import commands, publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
 
@@ -51,7 +53,7 @@ def run(settings: Settings) -> dict[str, Any]:
         record["scores"] = e2e_scores.score(*outputs_and_references(out, text))
     runs.finish(out, record)
     print(summary(record))
-    return record
+    return publishing.published(settings.of(TrainingArguments), record)
 
 
 def decode_test(settings: Settings) -> float:

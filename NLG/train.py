@@ -32,7 +32,7 @@ from vblora.models import load_model, load_tokenizer, model_name, torch_dtype
 from vblora.sampling import spaced
 from vblora.switch import OWN_METHODS, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, runs, training_run
+from vblora_experiments import commands, publishing, runs, training_run
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.causal import EncodedRows, Padded
 from vblora_experiments.command_line import Script, Settings
@@ -110,7 +110,9 @@ SCRIPT = Script("train.py", KINDS, DEFAULTS, row, place, description=str(__doc__
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan show what the run resolves, and return nothing."""
-    return SCRIPT.start(arguments, train)
+    return SCRIPT.start(
+        arguments, lambda settings: publishing.published(settings.of(TrainingArguments), train(settings))
+    )
 
 
 def train(settings: Settings) -> dict[str, Any]:

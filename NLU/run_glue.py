@@ -40,7 +40,7 @@ from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
 from vblora.switch import Adapted, AnyAdapter, apply_method
 from vblora.trainer import AdapterTrainer, KeepBest
-from vblora_experiments import commands, records, runs
+from vblora_experiments import commands, publishing, records, runs
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.command_line import Script, Settings, StartArguments
 from vblora_experiments.selection_log import SelectionLog
@@ -151,9 +151,10 @@ def run(settings: Settings) -> dict[str, Any]:
     task, out = get_task(glue.task), settings.output_dir
     data = load_task(task.name, glue.data_dir, max_train=glue.max_train_samples, seed=training.seed)
     plan = make_plan(glue, method, training, data)
+    publishing.check(training)
     if done := runs.begin(out, plan):
         print(f"{out} is finished already: {_summary(done)}")
-        return done
+        return publishing.published(training, done)
 
     set_seed(training.seed)
     adapted, tokenizer = build(glue, method, task)
@@ -168,7 +169,7 @@ def run(settings: Settings) -> dict[str, Any]:
     record |= {"row": settings.of(StartArguments).row, "overrides": settings.overrides}
     runs.finish(out, record)
     print(_summary(record))
-    return record
+    return publishing.published(training, record)
 
 
 def make_plan(

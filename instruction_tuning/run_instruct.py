@@ -21,7 +21,7 @@ import mt_bench
 import mt_bench_answer
 import mt_bench_judge
 import mt_bench_report
-from vblora_experiments import commands, instruct, runs, training_run
+from vblora_experiments import commands, instruct, publishing, runs, training_run
 from vblora_experiments.instruct import Run
 
 
@@ -77,7 +77,7 @@ def run(one: Run) -> dict[str, Any]:
         record["scores"][own.judge] = judge(out, own, bench)
     runs.finish(out, record)
     print(summary(record))
-    return record
+    return publishing.published(one.training, record)
 
 
 def folder_of(own: BenchArguments) -> Path | None:

@@ -22,7 +22,7 @@ import math_references
 import math_scores
 import solve
 from vblora.sampling import spaced
-from vblora_experiments import commands, instruct, runs, training_run
+from vblora_experiments import commands, instruct, publishing, runs, training_run
 from vblora_experiments.command_line import StartArguments
 from vblora_experiments.instruct import Run
 
@@ -83,7 +83,7 @@ def run(one: Run) -> dict[str, Any]:
         elif record["scores"][name]["fingerprint"] != solve.fingerprint(problems_of(name, own)):
             raise ValueError(f"{out} holds scores of other problems than --{name}: give another --output_dir")
     print(summary(record))
-    return record
+    return publishing.published(one.training, record)
 
 
 def test(name: str, out: Path, one: Run, own: ProblemArguments) -> dict[str, Any]:

@@ -34,3 +34,20 @@ def real_data():
         return base / name
 
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that this process takes for huggingface.co, with an empty cache and the token of its owner."""
+    from hub_server import TOKEN, serving
+    from huggingface_hub import constants, hf_api
+
+    with serving() as found:
+        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", found.endpoint)
+        template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found

@@ -43,6 +43,7 @@ class Hub:
 
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
+        self.moved: dict[str, str] = {}  # today's names of repositories of models by their former ones
         self.requests: list[str] = []
         self.bodies: list[bytes] = []
         self.endpoint = ""
@@ -115,6 +116,11 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def _route(self, path: list[str], body: bytes) -> None:
+        at = 2 if path[:2] == ["api", "models"] else 0
+        if path[at : at + 1] and path[at] in self.hub.moved:
+            where = "/".join([*path[:at], self.hub.moved[path[at]], *path[at + 1 :]])
+            query = urlsplit(self.path).query
+            return self._send(b"", 307, {"Location": f"/{where}" + (f"?{query}" if query else "")})
         if not path:
             self._send(b"a hub")
         elif path == ["api", "whoami-v2"]:
@@ -135,7 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, wanted: dict) -> None:
         self._require_token()
-        name = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        owner = wanted.get("organization") or USER
+        if owner != USER:
+            raise Refused(403, "", f"You don't have the rights to create a model under the namespace {owner}")
+        name = f"{owner}/{wanted['name']}"
         kind = f"{wanted.get('type', 'model')}s"
         if (kind, name) in self.hub.repositories:
             return self._json({"error": "You already created this repo", "url": self._url(kind, name)}, 409)

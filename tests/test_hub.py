@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from core_helpers import adapt, build, make_batch, run
-from hub_server import TOKEN, serving
+from hub_server import TOKEN
 
 import vblora
 from vblora.cli import main
@@ -22,22 +22,6 @@ from vblora.io import read_tensors
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 NAME = "someone/tiny-adapter"
 HEAD = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub that this process takes for huggingface.co, with an empty cache and the token of its owner."""
-    from huggingface_hub import constants, hf_api
-
-    with serving() as found:
-        monkeypatch.setattr(constants, "ENDPOINT", found.endpoint)
-        monkeypatch.setattr(hf_api.api, "endpoint", found.endpoint)
-        template = found.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield found
 
 
 def changed(kind, **settings):

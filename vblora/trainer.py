@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 import time
@@ -51,6 +52,8 @@ class AdapterTrainer(AdapterTraining, Trainer):
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
     ) -> None:
         _check_arguments(args, adapted)
+        args = copy.copy(args)
+        args.push_to_hub = False  # it would upload every checkpoint; `vblora_experiments.publishing` pushes the result
         if isinstance(adapted.adapter, Adapter) and args.ddp_broadcast_buffers is None:
             # VB-LoRA's follow from the seed and from what is trained, which are the same everywhere. Sending them in
             # every step would cost more than the gradients.

@@ -17,7 +17,7 @@ from transformers import TrainingArguments, set_seed
 from vblora import models
 from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import causal, estimate, instruction_data, runs, training_run
+from vblora_experiments import causal, estimate, instruction_data, publishing, runs, training_run
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.command_line import Script, Settings
 from vblora_experiments.instruction_data import DATA_FORMATS, Limits, Row
@@ -162,7 +162,7 @@ class Run:
 def main(arguments: list[str], folder: Folder) -> dict[str, Any]:
     """Train, and return what training.json holds; with --plan, print and return the estimates."""
     run = parse(arguments, folder)
-    return planned(run) if run.settings.show() else train(run)
+    return planned(run) if run.settings.show() else publishing.published(run.training, train(run))
 
 
 def parse(arguments: list[str], folder: Folder) -> Run:

@@ -30,7 +30,7 @@ TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `vblora.io.replacing` calls 
 # What may differ when a run goes on where it stopped: where things are, and how they are shown.
 FREE_TO_CHANGE = {
     *("output_dir", "logging_dir", "disable_tqdm", "report_to", "resume_from_checkpoint", "data_dir", "use_cpu"),
-    *("dataloader_pin_memory", "row"),
+    *("dataloader_pin_memory", "row", "push_to_hub", "hub_model_id", "hub_revision", "hub_private_repo"),
 }
 # What no plan has: also where the data come from (their fingerprint counts), and what a run is only told at its start.
 NOT_IN_PLAN = FREE_TO_CHANGE | {*("data", "config", "plan", "tflops", "device_map", "cache_dir", "cache_encoder")}

@@ -12,7 +12,7 @@ from vblora.adapter import Adapter
 from vblora.io import read_json, write_json
 from vblora.models import TRAINING_FILE
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import records, runs
+from vblora_experiments import publishing, records, runs
 from vblora_experiments.command_line import Settings, StartArguments
 
 
@@ -22,6 +22,7 @@ def once(out: Path, plan: dict[str, Any], training: TrainingArguments, fit: Call
     Raises:
         ValueError: the folder holds another run.
     """
+    publishing.check(training)
     if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
         fit()
     return read_json(out / TRAINING_FILE) if training.process_index == 0 else {}

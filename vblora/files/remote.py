@@ -17,6 +17,7 @@ from vblora.files.directory import CONFIG_FILE, SETTINGS, TENSOR_FILE
 from vblora.io import read_json, read_tensors, write_json, write_tensors
 
 PATIENCE = 4.0  # seconds to wait for the hub's first answer
+BASE_KEY = "base_model_name_or_path"
 UPLOADED = (".json", ".safetensors")  # of a folder, besides its card
 
 
@@ -143,10 +144,10 @@ def upload(
     with tempfile.TemporaryDirectory() as made, _one_sentence(repository, revision):
         stage = Path(made)
         _copy(folder, stage, more or {})
-        _name_place(stage, repository, revision, subfolder)
         _leave_out_paths(stage)
         api = hub.HfApi(token=token)
-        api.create_repo(repository, private=private, exist_ok=True)
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id  # with its owner
+        _name_place(stage, repository, revision, subfolder)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if _has_foreign_card(api, repository, revision, subfolder):
@@ -171,6 +172,16 @@ def check_name(repository: str) -> None:
         raise ValueError(f'{repository!r} is no name of a repository on the hub, which is "user/name"')
 
 
+def check_token(token: str | None) -> None:
+    """Refuse a token that the hub does not know, or none at all.
+
+    Raises:
+        ValueError: saying so.
+    """
+    with _one_sentence("the token", None):
+        _library("to upload an adapter").HfApi(token=token).whoami()
+
+
 def _copy(folder: Path, stage: Path, more: Mapping[str, Path]) -> None:
     chosen = {p.name: p for p in sorted(folder.iterdir()) if p.suffix in UPLOADED or p.name == CARD_FILE}
     for name, path in {**chosen, **more}.items():
@@ -186,9 +197,13 @@ def _name_place(stage: Path, repository: str, revision: str | None, subfolder: s
 
 def _leave_out_paths(stage: Path) -> None:
     """Forget a base model that is a folder of this machine, which tells others nothing."""
-    config, tensors = stage / CONFIG_FILE, stage / TENSOR_FILE
+    config, tensors, card = stage / CONFIG_FILE, stage / TENSOR_FILE, stage / CARD_FILE
     if config.exists():
-        write_json(config, _without_path(read_json(config)))
+        settings = read_json(config)
+        write_json(config, cleared := _without_path(settings))
+        if cleared != settings and card.exists():  # PEFT's names it
+            text, base = card.read_text(encoding="utf-8"), settings[BASE_KEY]
+            card.write_text(text.replace(base, Path(base).name), encoding="utf-8")
     if tensors.exists():
         values, metadata = read_tensors(tensors)
         if SETTINGS in metadata:
@@ -198,8 +213,8 @@ def _leave_out_paths(stage: Path) -> None:
 
 
 def _without_path(settings: dict[str, Any]) -> dict[str, Any]:
-    key = "base_model_name_or_path"
-    return {**settings, key: hub_name(settings[key])} if isinstance(settings.get(key), str) else settings
+    base = settings.get(BASE_KEY)
+    return {**settings, BASE_KEY: hub_name(base)} if isinstance(base, str) else settings
 
 
 def _has_foreign_card(api: Any, repository: str, revision: str | None, subfolder: str | None) -> bool:
@@ -245,6 +260,8 @@ def _one_sentence(name: str, revision: str | None) -> Iterator[None]:
         raise ValueError(
             f"{name} is no folder here, and the hub cannot be reached and its cache has no copy"
         ) from error
+    except errors.LocalTokenNotFoundError as error:
+        raise ValueError("the hub asks for a token, and there is none: set HF_TOKEN, or `hf auth login`") from error
     except errors.HfHubHTTPError as error:
         raise ValueError(f"{name}: the hub answered: {_first_line(error)}") from error
     except _network_errors() as error:
