@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -41,6 +44,26 @@ def test_classify_learns_and_loads_what_it_learned(tmp_path):
 
 def test_generate_counts_on(tmp_path):
     assert "5 6 7 goes on: 8 9 10 11 12 13 14 15 16 17" in output_of("generate.py", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg")
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch, capsys):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "first_adapter.ipynb").read_text(encoding="utf-8"))
+    names: dict = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    printed = capsys.readouterr().out
+    before, after = numbers(r"right \w+ training: ([\d.]+)", printed)
+    assert before < 0.6 and after > 0.8
+    assert numbers(r"([\d.]+) right\n", printed) == pytest.approx([after] * 3, abs=0.01)
+    lossless, small = numbers(r"([\d,]+)(?: bytes|\n)", printed.split("packed: ")[1].replace(",", ""))[:2]
+    assert small < 0.6 * lossless
+    assert "'adapter_config.json', 'adapter_model.safetensors'" in printed
 
 
 def test_own_method_trains_and_exports(tmp_path):
