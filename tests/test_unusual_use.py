@@ -94,3 +94,11 @@ def test_a_traced_model_gives_the_adapted_output(method, with_gradients):
         traced = torch.jit.trace(model, (one["x"],))
         for batch in (one, other):
             torch.testing.assert_close(traced(batch["x"]), run(model, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_an_exported_model_gives_the_adapted_output():
+    model, one, other = build("stack"), make_batch("stack"), make_batch("stack", seed=5)
+    adapt(model)
+    exported = torch.export.export(model, (one["x"],)).module()
+    for batch in (one, other):
+        torch.testing.assert_close(exported(batch["x"]), run(model, batch), atol=1e-5, rtol=1e-5)
