@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from language_helpers import save_tiny_llama, tiny_llama
-from transformers import AutoConfig, OPTConfig, OPTForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, OPTConfig, OPTForCausalLM, TrainerCallback
 
 import vblora
 from vblora import models
@@ -77,6 +77,16 @@ def test_the_held_out_loss_falls(more, flags, tmp_path):
     before = (tmp_path / "run" / "training.json").stat().st_mtime_ns
     instruct.main(flags(*more), folder())  # finished: not run again
     assert (tmp_path / "run" / "training.json").stat().st_mtime_ns == before
+
+
+def test_the_last_adapter_is_pushed_with_what_the_training_says(hub, flags, base, tmp_path):
+    result = instruct.main(flags(*VBLORA, "--max_steps", "1", "--push_to_hub", "--hub_model_id", "someone/x"), folder())
+    assert sum("/commit/" in asked for asked in hub.requests) == 1
+    files = hub.files("someone/x")
+    assert json.loads(files["training.json"]) == result == read_json(tmp_path / "run" / "training.json")
+    assert json.loads(files["adapter_config.json"])["task_type"] == "CAUSAL_LM"
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    vblora.load(AutoModelForCausalLM.from_pretrained(base), "someone/x", strict_base=True)
 
 
 def test_packed_and_padded_training_see_the_same_first_loss(flags):

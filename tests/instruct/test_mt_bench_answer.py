@@ -247,7 +247,7 @@ def test_a_changed_setting_is_named(folders, command, asked, tmp_path):
         (["--max_questions", "0"], "--max_questions must be at least 1"),
         (["--dtype", "float33"], "float33"),
         (["--adapter", "nowhere"], r"--adapter nowhere: there is no adapter_config\.json"),
-        (["--model_name_or_path", "x"], "goes with the folder of a run"),
+        (["--model_name_or_path", "x"], "is given with the folder of a run"),
         (["--model_id", "../m"], "cannot name a file"),
     ],
 )

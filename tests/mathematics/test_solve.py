@@ -239,7 +239,7 @@ def test_the_real_vllm_gives_the_same_answers(tmp_path, problems, trained):
         (["--max_samples", "0"], "--max_samples must be at least 1"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--adapter", "nonesuch"], "--adapter nonesuch"),
-        (["--model_name_or_path", "x"], "goes with the folder of a run"),
+        (["--model_name_or_path", "x"], "is given with the folder of a run"),
         (["--bits", "3"], "--bits"),
         (["--as_lora"], "--as_lora goes with --engine vllm"),
     ],
