@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         assert state(vblora.load(base(), directory)) == ALPHAS[1]
         left = sorted(str(path.relative_to(place)) for path in Path(place).rglob("*"))
     print(f"{options.kills} kills: {counts}; nothing mixed, nothing refused; left after one more save: {left}")
-    inside = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
+    inside = [f"adapter/{name}" for name in ("README.md", "adapter_config.json", "adapter_model.safetensors")]
     return int(left != ["adapter", "adapter.vblora.safetensors", *inside])
 
 
