@@ -423,6 +423,26 @@ def test_an_expansion_that_takes_long_keeps_no_other_waiting(folder, tmp_path, m
     assert not list((tmp_path / "cache" / ".locks").iterdir())
 
 
+def test_a_lock_that_is_removed_while_it_is_looked_at_keeps_nobody_waiting(folder, tmp_path, monkeypatch):
+    """Between taking a lock and looking whether it is still the one at its place, another's may go."""
+    from vblora.serving import expanded as module
+
+    real, seen = os.path.samestat, []
+
+    def samestat(one, other):
+        if not seen:
+            (lock,) = (tmp_path / "cache" / ".locks").iterdir()
+            seen.append(lock)
+            lock.unlink()
+            os.stat(lock)  # not there any more
+        return real(one, other)
+
+    monkeypatch.setattr(module.os.path, "samestat", samestat)
+    assert expanded(folder, tmp_path / "cache").find("alice", "some/model").is_dir()
+    assert seen and not list((tmp_path / "cache" / ".locks").iterdir())
+    assert expanded(folder, tmp_path / "cache").find("alice", "some/model").is_dir()
+
+
 def test_many_threads_and_stores_at_once(folder, tmp_path):
     stores = [expanded(folder, tmp_path / "cache") for _ in range(4)]
     found: list[tuple[str, Path]] = []

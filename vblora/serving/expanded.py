@@ -319,15 +319,16 @@ class Cache:
         path = self.folder / ".locks" / name
         while True:
             handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(os.fstat(handle), os.stat(path)):
-                break
-            os.close(handle)  # removed by whoever had it, so that another may be there by now
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if _leads_to(path, handle):  # else removed by whoever had it, so that another may be there by now
+                    try:
+                        yield
+                    finally:
+                        path.unlink(missing_ok=True)
+                    return
+            finally:
+                os.close(handle)  # whatever happens: others wait for it
 
     def _entries(self) -> list[Path]:
         """All directories, least recently used first."""
@@ -401,6 +402,14 @@ class Cache:
         if getattr(self, "_list", None) is not None:
             with suppress(OSError):
                 os.close(self._list)  # type: ignore[arg-type]
+
+
+def _leads_to(path: Path, handle: int) -> bool:
+    """Whether this open file is still what is at the path."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _expanded_bytes(content: Content) -> int:
