@@ -130,21 +130,14 @@ class AdapterTraining:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         this: Any = self
-        if not isinstance(self.adapter, Adapter):
-            arguments, this.args = this.args, self._arguments_to_keep()
-            try:
-                super()._save(output_dir, state_dict)  # type: ignore[misc]
-            finally:
-                this.args = arguments
-            return
         directory = Path(output_dir or str(this.args.output_dir))
         is_checkpoint = directory.name.startswith("checkpoint-")  # which nobody publishes
         self.adapter.save(str(directory), form="full", card=not is_checkpoint)
-        torch.save(self._arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
+        torch.save(self.arguments_to_keep(), directory / "training_args.bin")  # as Trainer does; never read back here
         if this.processing_class is not None:
             this.processing_class.save_pretrained(directory)
 
-    def _arguments_to_keep(self) -> Any:
+    def arguments_to_keep(self) -> Any:
         """The training arguments without the hub's token, which belongs in no file."""
         this: Any = self
         kept = copy.copy(this.args)
@@ -152,10 +145,7 @@ class AdapterTraining:
         return kept
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.adapter, Adapter):
-            restore(self.adapter, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        restore(self.adapter, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         this: Any = self

@@ -149,11 +149,23 @@ class AdapterTrainer(AdapterTraining, Trainer):
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
         if isinstance(self.adapter, Adapter):
+            super()._save(output_dir, state_dict)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, KeptWithCheckpoints):
                     callback.write(Path(output_dir or str(self.args.output_dir)))
+            return
+        arguments, self.args = self.args, self.arguments_to_keep()
+        try:
+            Trainer._save(self, output_dir, state_dict)  # PEFT's methods, and full fine-tuning
+        finally:
+            self.args = arguments
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.adapter, Adapter):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
 
 
 def _is_causal(model: nn.Module) -> bool:
