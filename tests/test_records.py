@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import platform
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +29,46 @@ time.sleep(60)
 """
 
 
-def test_a_folder_that_another_process_trains_into_is_refused(tmp_path):
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the lock of the run's folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="another process trains into"):
-            runs.begin(tmp_path / "run", {"seed": 0})
-    finally:
-        process.kill()
-        process.wait()
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path, holder):
+    by = f"process {holder.pid} on {platform.node()}"
+    with pytest.raises(ValueError, match=rf"another process \({by}\) trains into"):
+        runs.begin(tmp_path / "run", {"seed": 0})
+    holder.kill()
+    holder.wait()
     assert runs.begin(tmp_path / "run", {"seed": 0}) is None  # its end, however it came, frees the folder
     assert runs.begin(tmp_path / "run", {"seed": 0}) is None  # and the same process may begin again
+    assert (tmp_path / "run" / runs.LOCK_FILE).read_text() == f"process {os.getpid()} on {platform.node()}\n"
+
+
+def test_who_holds_a_folder_is_given_time_to_end_where_the_environment_says_so(tmp_path, holder, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_POLL", 0.01)
+    monkeypatch.setenv(runs.LOCK_SECONDS, "0.1")
+    with pytest.raises(ValueError, match="another process"):
+        runs.begin(tmp_path / "run", {"seed": 0})
+    monkeypatch.setenv(runs.LOCK_SECONDS, "60")
+    ends = threading.Timer(0.2, holder.kill)
+    ends.start()
+    assert runs.begin(tmp_path / "run", {"seed": 0}) is None
+    ends.join()
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def refuse(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(ValueError, match=r"is on a file system without locks \(No locks available\)"):
+        runs.begin(tmp_path / "run", {"seed": 0})
 
 
 def test_what_a_killed_run_left_half_written_is_swept_by_the_next(tmp_path):

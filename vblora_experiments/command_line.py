@@ -14,7 +14,6 @@ value with its source; --plan prints that and stops.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import types
 import typing
@@ -29,12 +28,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vblora_experiments import commands, runs
 from vblora_experiments.arguments import MethodArguments, split
+from vblora_experiments.config_files import read_config
 from vblora_experiments.secrets import is_secret
-from vblora_experiments.text_files import once
 
 Part = TypeVar("Part")
 FLAG, CALLER, DEFAULT, PLANNED = "flag", "caller", "default", "plan"
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list", dict: "a map"}
 
 
@@ -235,53 +233,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """The description as it is written, and each flag with its default."""
 
 
-# ------------------------------------------------------------------------------------- configuration files
-
-
-def read_config(path: Path, names: list[str]) -> dict[str, Any]:
-    """The values in a configuration file.
-
-    Raises:
-        ValueError: no such file, it is no YAML or JSON, or a key in it is twice there or none of `names`.
-    """
-    if path.suffix.lower() not in CONFIG_SUFFIXES:
-        raise ValueError(f"--config {path}: its name must end with {', '.join(CONFIG_SUFFIXES)}")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        values = _from_json(text) if path.suffix.lower() == ".json" else _from_yaml(text)
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
-    except RecursionError:
-        raise ValueError(f"--config {path} is nested too deeply") from None
-    except ValueError as error:  # also of UTF-8 and JSON
-        raise ValueError(f"--config {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"--config {path} holds no map of flags to values")
-    for key in values:
-        if key not in names or key == "config":
-            near = difflib.get_close_matches(str(key), names, 3)
-            raise ValueError(
-                f"--config {path}: unknown key {key!r}" + (f"; near it: {', '.join(near)}" if near else "")
-            )
-    return values
-
-
-def _from_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=once)
-
-
-def _from_yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            return once([(self.construct_object(k, True), self.construct_object(v, True)) for k, v in node.value])
-
-    Loader.add_constructor("tag:yaml.org,2002:map", Loader.construct_mapping)
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"no YAML: {error}") from None
+# ------------------------------------------------------------------------------------- values
 
 
 def _typed(value: Any, name: str, hint: Any, action: argparse.Action, where: str) -> Any:

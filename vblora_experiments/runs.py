@@ -9,10 +9,14 @@ Whether two of these are the same run is decided by `differences` alone.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
 import os
+import platform
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +30,9 @@ from vblora_experiments.arguments import MethodArguments, given, split
 from vblora_experiments.secrets import without_secrets
 
 LOCK_FILE = ".lock"
+LOCK_SECONDS = "VBLORA_LOCK_SECONDS"
+LOCK_POLL = 0.5  # seconds
+HELD = (errno.EAGAIN, errno.EACCES)  # what flock says of a lock that another process holds; all else is no lock
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}")  # as `vblora.io.replacing` calls what it writes first
 # What may differ when a run goes on where it stopped: where things are, and how they are shown.
 FREE_TO_CHANGE = {
@@ -207,7 +214,11 @@ _locks: dict[Path, Any] = {}  # the open lock files of this process
 
 
 def _lock(directory: Path) -> None:
-    """Keep other processes out of a run's folder until this one ends. (Of a distributed run, the first one does.)"""
+    """Keep other processes out of a run's folder until this one ends. (Of a distributed run, the first one does.)
+
+    Where VBLORA_LOCK_SECONDS is set, who holds it has so long to end: on a cluster a run may be started anew before its
+    old process is gone. The lock holds between machines where flock does on their file system (docs/cluster.md).
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -215,13 +226,26 @@ def _lock(directory: Path) -> None:
     if directory.resolve() in _locks or os.environ.get("RANK", "0") != "0":
         return
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / LOCK_FILE).open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"another process trains into {directory}: wait for it, or end it") from error
+    file = (directory / LOCK_FILE).open("a+")  # for writing, as NFS asks for
+    until = time.monotonic() + float(os.environ.get(LOCK_SECONDS) or 0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in HELD:
+                raise ValueError(f"{directory} is on a file system without locks ({error.strerror})") from error
+            if time.monotonic() >= until:
+                file.seek(0)
+                by = file.read(200).strip()
+                file.close()
+                who = f"another process{f' ({by})' if by else ''} trains into {directory}"
+                raise ValueError(f"{who}: wait for it, or end it") from error
+        time.sleep(LOCK_POLL)
     _locks[directory.resolve()] = file
+    with suppress(OSError):  # on a full disk the lock holds as well
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", file=file, flush=True)
     _sweep(directory)  # with the lock nobody else writes here
 
 
