@@ -22,9 +22,12 @@ from vblora.io import replacing, write_json
 from vblora.models import RECORD_FILE
 from vblora_experiments import records, schedule, tables
 from vblora_experiments.arguments import split
+from vblora_experiments.cluster import follow, settings, shared_locks, watch
 from vblora_experiments.rows import Rows, check_names
 from vblora_experiments.runs import Trial, real_flags
+from vblora_experiments.secrets import is_secret
 
+LOCAL = "local"  # where runs run unless --on says otherwise
 Groups = Mapping[str, list[dict[str, Any]]]  # the records of each row
 Found = tuple[Path, dict[str, Any]]  # a record, and its file
 
@@ -264,6 +267,9 @@ def run(campaign: Campaign, arguments: list[str]) -> None:
     options = parse(campaign, arguments)
     trials = campaign.plan(options, extra)
     found = records.read_files([*([options.runs] if options.runs.exists() else []), *options.records], campaign.kind)
+    if options.watch or options.stop:
+        attend(campaign, trials, options)
+        return
     problem = ""
     if not options.no_runs:
         problem = run_missing(campaign, trials, found, options, extra)
@@ -295,6 +301,10 @@ def parse(campaign: Campaign, arguments: list[str]) -> argparse.Namespace:
     campaign.add_options(parser)
     parser.add_argument("--models_dir", type=Path, help="folder with the models' folders, not the hub")
     parser.add_argument("--jobs", type=int, help="processes at a time: all GPUs, or 1 on a CPU, unless given")
+    parser.add_argument("--on", choices=(LOCAL, *follow.NAMES), default=LOCAL, help="where runs run (docs/cluster.md)")
+    parser.add_argument("--cluster", type=Path, help="file with what each run asks the cluster for, .yaml or .json")
+    parser.add_argument("--watch", action="store_true", help="show what the runs are doing, until they have ended")
+    parser.add_argument("--stop", action="store_true", help="end the runs of this folder on the cluster")
     parser.add_argument("--runs", type=Path, default=campaign.runs, help="where runs are kept")
     parser.add_argument("--records", nargs="+", type=Path, default=[], help="further folders with finished records")
     parser.add_argument("--collect", type=Path, help="copy the records, and what else is kept, into this folder")
@@ -306,8 +316,12 @@ def parse(campaign: Campaign, arguments: list[str]) -> argparse.Namespace:
     for name in campaign.filters:
         if (values := getattr(options, name)) is not None:
             setattr(options, name, list(dict.fromkeys(values)))  # nothing twice
-    if options.plan and options.no_runs:
-        raise ValueError("--plan and --no_runs exclude each other")
+    if sum((options.plan, options.no_runs, options.watch, options.stop)) > 1:
+        raise ValueError("--plan, --no_runs, --watch and --stop exclude each other")
+    for flag, value in (("jobs", options.jobs), ("cluster", options.cluster), ("stop", options.stop or None)):
+        if value is not None and (options.on == LOCAL) != (flag == "jobs"):
+            raise ValueError(f"--{flag} does nothing with --on {options.on}: leave it out")
+    options.settings = settings.read(options.cluster, options.on)
     for name in campaign.folders:
         folder = getattr(options, name)
         if folder is not None and not folder.is_dir():
@@ -331,7 +345,7 @@ def run_missing(
     starts, missing_starts = campaign.starts(missing, options)
     to_do = [*missing_starts, *missing]
     campaign.check_places(to_do, options)
-    slots = schedule.devices(options.jobs)
+    slots = schedule.devices(options.jobs) if options.on == LOCAL else []
     if title := campaign.title(options):
         schedule.say_progress(title)
     known = [record for _, record in found]
@@ -339,13 +353,21 @@ def run_missing(
     if options.plan:
         return ""
     jobs = [campaign.job(t, options, extra) for t in to_do]
+    if options.on != LOCAL:
+        refuse_secrets(jobs)
+    cluster = opened(options) if to_do else None
     # A mistake in the flags would fail in every process: look at one run of each row and variant before.
     for job in {(t.row, t.variant): j for t, j in zip(to_do, jobs, strict=True) if not j.after}.values():
         campaign.check_flags(job.command[2:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
-    failed = schedule.run_all(jobs, slots)
+    if cluster is None:
+        failed = schedule.run_all(jobs, slots)
+    else:
+        if fault := shared_locks.fault(options.runs):
+            schedule.say_progress(fault)
+        failed = follow.run_all(cluster, jobs)
     options.runs.mkdir(parents=True, exist_ok=True)
     if not failed:
         return ""
@@ -355,11 +377,50 @@ def run_missing(
     )
 
 
+def opened(options: argparse.Namespace) -> follow.Cluster | None:
+    """The cluster that runs run on; None for this machine."""
+    return None if options.on == LOCAL else follow.opened(options.on, options.runs, options.settings)
+
+
+def refuse_secrets(jobs: Sequence[schedule.Job]) -> None:
+    """Raise ValueError for a secret in a command: a cluster keeps commands in files."""
+    for job in jobs:
+        if secret := next((part for part in job.command if part.startswith("--") and is_secret(part)), None):
+            raise ValueError(f"{secret} would stand in files of the cluster: give it in the environment of its workers")
+
+
+def attend(campaign: Campaign, trials: Sequence[Trial], options: argparse.Namespace) -> None:
+    """Show what the runs are doing, until they have ended (--watch); or end them (--stop)."""
+    cluster = opened(options)
+    if options.stop and cluster is not None:
+        ended = cluster.queued()
+        cluster.stop()
+        schedule.say_progress(f"{len(ended)} runs ended; the same command without --stop goes on with them")
+        return
+
+    def look() -> list[watch.Seen]:
+        places = [*([options.runs] if options.runs.exists() else []), *options.records]
+        found = [record for _, record in records.read_files(places, campaign.kind)]
+        queued = {} if cluster is None else cluster.queued()
+        seen = []
+        for trial in [*campaign.starts(trials, options)[0], *trials]:
+            record = next((record for record in found if trial.is_of(record)), None)
+            minutes, _ = campaign.estimate(trial, found)
+            seen.append(watch.see(trial.name, options.runs, record, queued.get(trial.name), minutes))
+        return seen
+
+    watch.watch(look)
+
+
 def describe(
     campaign: Campaign, count: int, missing: Sequence[Trial], found: Sequence[dict[str, Any]], slots: int
 ) -> str:
-    """The plan for reading: of `count` runs those that are missing, how long each may take, and all together."""
-    lines = [f"{count} runs, of which {len(missing)} are to be done, {slots} at a time:"]
+    """The plan for reading: of `count` runs those that are missing, how long each may take, and all together.
+
+    Of a cluster it is not known how many run at a time: `slots` is 0 then.
+    """
+    at_a_time = f", {slots} at a time" if slots else ""
+    lines = [f"{count} runs, of which {len(missing)} are to be done{at_a_time}:"]
     total, unknown = 0.0, 0
     for trial in missing:
         minutes, source = campaign.estimate(trial, found)
@@ -369,7 +430,8 @@ def describe(
         lines.append(f"  {trial.name:<56} {length}")
     if missing:
         guess = f" and {unknown} of unknown length" if unknown else ""
-        known = f"together {total / 60:.1f} hours{guess}, over {slots}: {total / 60 / slots:.1f} hours"
+        known = f"together {total / 60:.1f} hours{guess}"
+        known += f", over {slots}: {total / 60 / slots:.1f} hours" if slots else ""
         lines.append(known if unknown < len(missing) else "how long they take is not known")
     return "\n".join(lines)
 

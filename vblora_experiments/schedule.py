@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import itertools
 import os
 import subprocess
@@ -11,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-POLL = 0.5  # seconds between two looks at the running processes
+from vblora_experiments import journal
+
+POLL = 0.1  # seconds between two looks at the running processes: a run's end is seen so much later at most
 
 
 @dataclass
@@ -54,6 +57,13 @@ def _visible_gpus(count: int) -> list[str]:
     return list(dict.fromkeys(known))[:count]
 
 
+def in_order(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, each behind those of them that it waits for."""
+    known = {job.name: job for job in jobs}
+    order = graphlib.TopologicalSorter({job.name: [a for a in job.after if a in known] for job in jobs})
+    return [known[name] for name in order.static_order()]
+
+
 def say_progress(line: str) -> None:
     """A line on the standard error stream, at once: the standard output is the table's."""
     print(line, file=sys.stderr, flush=True)
@@ -91,10 +101,11 @@ def run_all(
                 if code is None:
                     continue
                 del running[place]
+                journal.ended(job.log, code)
                 ended[job.name] = code == 0
                 minutes = (time.monotonic() - began) / 60
                 what = "done" if code == 0 else f"FAILED (exit code {code}, {job.log})"
-                say(f"{job.name}: {what} after {minutes:.1f} min: {_last_line(job.log)}")
+                say(f"{job.name}: {what} after {minutes:.1f} min: {last_line(job.log)}")
     finally:
         for _, process, _ in running.values():
             process.terminate()
@@ -113,7 +124,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
-def _tied(command: list[str]) -> list[str]:
+def tied(command: list[str]) -> list[str]:
     """The command, which does not outlive this process where the system is Linux; elsewhere as it is."""
     return [sys.executable, "-c", TIED, str(os.getpid()), *command] if sys.platform == "linux" else command
 
@@ -121,15 +132,20 @@ def _tied(command: list[str]) -> list[str]:
 def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        return subprocess.Popen(
-            _tied(job.command),
+        process = subprocess.Popen(
+            tied(job.command),
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, **environment},
             start_new_session=True,
         )
+    journal.started(job.log, process.pid)
+    return process
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """Of what a job has printed."""
+    if not log.exists():
+        return "(no output)"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1] if lines else "(no output)"

@@ -190,6 +190,12 @@ def test_flags_after_the_dashes_go_to_every_run_and_into_its_name():
         (["table1", "--records", "nonesuch"], "nonesuch: no such file or folder"),
         (["table1", "--glue_dir", "."], "--glue_dir . has no folder SST-2"),
         (["table1", "--models_dir", "."], "--models_dir . has no folder roberta-base"),
+        (["table1", "--on", "ray", "--jobs", "2"], "--jobs does nothing with --on ray"),
+        (["table1", "--cluster", "c.yaml"], "--cluster does nothing with --on local"),
+        (["table1", "--stop"], "--stop does nothing with --on local"),
+        (["table1", "--watch", "--plan"], "exclude each other"),
+        (["table1", "--on", "slurm", "--cluster", "none.yaml"], "--cluster none.yaml cannot be read"),
+        (["table1", "--sizes", "minilm", "--on", "ray", "--", "--hub_token", "x"], "--hub_token would stand in files"),
     ],
 )
 def test_wrong_input_is_a_value_error_that_names_it(wrong, message):
@@ -219,6 +225,9 @@ def test_a_small_table_from_nothing_then_nothing_to_do(encoder, data, tmp_path, 
     assert len(list((tmp_path / "kept" / "selections").iterdir())) == 1  # of seed 0
     reproduce.main([*methods, *places, *small])
     assert "2 runs, of which 0 are to be done" in capsys.readouterr().err
+    reproduce.main([*methods, *places, "--watch", *small])
+    watched = capsys.readouterr().out
+    assert "2 runs: 2 done" in watched and watched.count("matthews_correlation") == 2
     latex = tmp_path / "table.tex"
     reproduce.main([*methods, *places, "--no_runs", "--format", "latex", "--output", str(latex), *small])
     assert latex.read_text().startswith(r"\begin{tabular}")

@@ -1,0 +1,1 @@
+"""Runs on other machines: Slurm through submitit, and Ray (docs/cluster.md)."""
