@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def plain(base, out, **more):
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     rows = [{"input_ids": ids, "labels": ids} for ids in (tokenizer(text)["input_ids"][:8] for text in TEXTS)]
     attached(model)
-    arguments = transformers.TrainingArguments(str(out), **COMMON, **more)
+    arguments = transformers.TrainingArguments(str(out), **{**COMMON, **more})
     return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows, rates=RATES)
 
 
@@ -126,7 +127,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_as_the_other(kind, base, tmp_
         entry["learning_rate_vector_bank"] / entry["learning_rate_logits"] == pytest.approx(0.1) for entry in logs
     )
     assert all(0 < entry["bank_in_use"] <= 1 and 0 <= entry["selection_entropy"] <= 1 for entry in logs)
-    assert "selection_changed" in logs[-1]
+    assert logs[-1]["selection_changed"] == pytest.approx(logs[-1]["selection_changes_per_step"])  # of one step
     if kind == "DPOTrainer":
         assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)  # the adapter starts near the reference
     checkpoint = tmp_path / "checkpoint-2"
@@ -185,6 +186,98 @@ def test_what_the_log_says_of_a_selection():
     found = selection_statistics(adapter, before)
     assert found["bank_in_use"] == 0.2 and found["selection_entropy"] == pytest.approx(1)
     assert found["selection_changed"] == pytest.approx(1 / len(before))
+
+
+def test_the_changes_of_a_step_are_counted_since_the_last_entry():
+    """Of 4 sub-vectors 2 change in the first step, 1 of them back in the second: 3 changes in 2 steps, 1 in effect."""
+    states = [[[0, 1]] * 4, [[0, 2], [2, 1], [1, 0], [0, 1]], [[1, 0], [2, 1], [0, 1], [0, 1]]]
+
+    def state(number):
+        selection = torch.tensor(states[number])
+        adapter.step_selection = lambda: selection
+        adapter.selection = lambda: (selection, torch.full((4, 2), 0.5))
+
+    adapter = types.SimpleNamespace(config=types.SimpleNamespace(num_vectors=8))
+    changes = vblora.integrations.SelectionChanges(adapter)
+    for step in (0, 1):
+        state(step)
+        changes.look(step)
+        changes.look(step)  # of the second part of a batch
+    state(2)
+    found = changes.statistics(2)
+    assert found["selection_changes_per_step"] == 3 / 4 / 2 and found["selection_changed"] == 1 / 4
+    assert found["bank_in_use"] == 3 / 8
+    assert changes.statistics(3)["selection_changes_per_step"] == 0
+
+
+# --- Trackers -----------------------------------------------------------------------------------------------------
+
+SHOWN = ["learning_rate_vector_bank", "bank_in_use", "selection_entropy", "selection_changes_per_step"]
+TOKEN = "hf_" + "s3cr3t" * 6
+
+
+def tracked(name, base, out, monkeypatch):
+    """The log of a run that reported to one of transformers' trackers; no file of it holds the token."""
+    monkeypatch.chdir(out)
+    trainer = plain(base, out / "run", report_to=[name], run_name="tracked", hub_token=TOKEN)
+    trainer.train()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    entries = [entry for entry in trainer.state.log_history if SHOWN[-1] in entry]
+    assert len(entries) == 4
+    return entries
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_has_what_the_log_has(base, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    entries = tracked("tensorboard", base, tmp_path, monkeypatch)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    for name in SHOWN:
+        seen = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert [seen[entry["step"]] for entry in entries] == pytest.approx([entry[name] for entry in entries])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_offline_has_what_the_log_has(base, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="W&B is not installed: pip install wandb")
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    entries = tracked("wandb", base, tmp_path, monkeypatch)
+    last = {name: wandb.run.summary[f"train/{name}"] for name in SHOWN}
+    wandb.finish()
+    assert last == pytest.approx({name: entries[-1][name] for name in SHOWN})
+    [file] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert all(f"train/{name}".encode() in file.read_bytes() for name in SHOWN)
+
+
+def test_a_token_that_wandb_would_keep_is_refused(tmp_path, monkeypatch):
+    """It writes the command line into its file, with the token, also offline."""
+    from vblora_experiments import publishing
+
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=["wandb"], hub_token=TOKEN, use_cpu=True)
+    publishing.check(arguments)  # the token came another way
+    monkeypatch.setattr("sys.argv", ["run_glue.py", f"--hub_token={TOKEN}"])
+    with pytest.raises(ValueError, match="W&B keeps the command line") as refused:
+        publishing.check(arguments)
+    assert TOKEN not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trackio_has_what_the_log_has(base, tmp_path, monkeypatch):
+    pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
+    from trackio import sqlite_storage
+
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio")
+    entries = tracked("trackio", base, tmp_path, monkeypatch)
+    seen = sqlite_storage.SQLiteStorage.get_logs("huggingface", "tracked")
+    for name in SHOWN:
+        values = [row[f"train/{name}"] for row in seen if f"train/{name}" in row]
+        assert values == pytest.approx([entry[name] for entry in entries])
 
 
 # --- Lightning ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vblora.adapter import Adapter, restore
 from vblora.groups import param_groups
-from vblora.methods import VBLoRA
+from vblora.methods import SelectionVBLoRA, VBLoRA
 from vblora.optim import AdamW
 
 
@@ -30,7 +30,7 @@ class AdapterTraining:
     The optimiser is `vblora.AdamW` over `vblora.param_groups`. A checkpoint holds the adapter in its full form and not
     the model, so that it has the adapter's size, and a run that goes on from it ends as one that was not interrupted.
     `load_best_model_at_end` loads the best checkpoint's adapter. The log has the learning rate of each group, and for
-    VB-LoRA what `selection_statistics` gives.
+    VB-LoRA what `selection_statistics` gives, with the changes of a step since the last entry.
 
     Args:
         rates: learning rates beside the head's `args.learning_rate`, as `vblora.param_groups` or a recipe's `rates`
@@ -41,7 +41,6 @@ class AdapterTraining:
         ValueError: no adapter of this project in the model, or `args.optim` names another optimiser.
     """
 
-    log_selection = True
     _group_rates: Mapping[str, float] = {}  # by the names that the log has them under
 
     def __init__(self, *positional: Any, rates: Mapping[str, float | None] | None = None, **others: Any) -> None:
@@ -49,7 +48,8 @@ class AdapterTraining:
         super().__init__(*positional, **others)
         this: Any = self
         self.adapter: Any = self.find_adapter(this.model)
-        self._selected: Tensor | None = None
+        selects = isinstance(self.adapter, (VBLoRA, SelectionVBLoRA))
+        self._selection = SelectionChanges(self.adapter) if selects else None
         self.check_optimiser()
         self.groups(this.model)  # so that a wrong rate is refused now
 
@@ -85,6 +85,8 @@ class AdapterTraining:
         Raises:
             ValueError: the loss is no finite number; what has been saved stays as it is.
         """
+        if self._selection is not None:
+            self._selection.look(self.state.global_step)  # type: ignore[attr-defined]
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise self._diverged(f"loss is {float(loss)}")
@@ -121,9 +123,9 @@ class AdapterTraining:
     def log(self, logs: dict[str, float], *others: Any, **more: Any) -> None:
         if "learning_rate" in logs:  # the first group's
             logs.update(self._group_rates)
-            if self.log_selection and isinstance(self.adapter, VBLoRA):
-                logs.update(selection_statistics(self.adapter, self._selected))
-                self._selected = self.adapter.step_selection().clone()
+            if self._selection is not None:
+                this: Any = self
+                logs.update(self._selection.statistics(this.state.global_step))
         super().log(logs, *others, **more)  # type: ignore[misc]
 
     # --- Checkpoints --------------------------------------------------------------------------------------------------
@@ -157,8 +159,44 @@ def optimiser_name(args: Any) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+class SelectionChanges:
+    """Counts in a training how often sub-vectors come to select other vectors, on the adapter's device."""
+
+    def __init__(self, adapter: VBLoRA | SelectionVBLoRA) -> None:
+        self.adapter = adapter
+        self._last: tuple[int, Tensor] | None = None  # of the last look: its step, and the selection then
+        self._logged: tuple[int, Tensor] | None = None  # of the last entry in the log, at first of the first look
+        self._changes: Tensor | int = 0  # since then
+
+    @torch.no_grad()
+    def look(self, step: int) -> Tensor:
+        """Compare with the look before, and give the selection (N, k), sorted. A second look at a step counts for none.
+
+        Args:
+            step: how many steps have been made.
+        """
+        if self._last is not None and step == self._last[0]:
+            return self._last[1]
+        now = self.adapter.step_selection().sort(-1).values
+        if self._last is not None:
+            self._changes = self._changes + (now != self._last[1]).any(-1).sum()
+        self._last = (step, now)
+        self._logged = self._logged or self._last
+        return now
+
+    def statistics(self, step: int) -> dict[str, float]:
+        """What `selection_statistics` gives, and the share of sub-vectors that change in a step: since the last."""
+        now = self.look(step)
+        assert self._logged is not None
+        since, before = self._logged
+        found = selection_statistics(self.adapter, before)
+        found["selection_changes_per_step"] = float(self._changes) / len(now) / max(step - since, 1)
+        self._logged, self._changes = (step, now), 0
+        return found
+
+
 @torch.no_grad()
-def selection_statistics(adapter: VBLoRA, before: Tensor | None = None) -> dict[str, float]:
+def selection_statistics(adapter: VBLoRA | SelectionVBLoRA, before: Tensor | None = None) -> dict[str, float]:
     """How an adapter of VB-LoRA selects: numbers for a log.
 
     Args:

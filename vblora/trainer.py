@@ -46,8 +46,6 @@ class AdapterTrainer(AdapterTraining, Trainer):
         others: passed on to Trainer.
     """
 
-    log_selection = False  # vblora_experiments.selection_log keeps all of it
-
     def __init__(
         self, adapted: Adapted, rates: Mapping[str, float | None], args: TrainingArguments, **others: Any
     ) -> None:

@@ -6,6 +6,7 @@ checkpoint, is switched off (`vblora.trainer`). A command that is repeated pushe
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from vblora.models import RECORD_FILE, TRAINING_FILE
 
 
 def check(training: TrainingArguments) -> None:
-    """Refuse at a run's start what could not be pushed at its end.
+    """Refuse at a run's start what could not be pushed at its end, or would leave the token in a file.
 
     Raises:
-        ValueError: a flag that does nothing here, a wrong name, or the hub does not know the token.
+        ValueError: a flag that does nothing here, a wrong name, the hub does not know the token, or W&B would keep it.
     """
+    token, trackers = training.hub_token, training.report_to or ()
+    if token and "wandb" in trackers and any(token in part for part in sys.argv):
+        raise ValueError(
+            "W&B keeps the command line, with --hub_token: give the token in the environment (HF_TOKEN), or no "
+            "--report_to wandb"
+        )
     if not training.push_to_hub or training.process_index != 0:
         return
     for name in ("hub_strategy", "hub_always_push"):
