@@ -60,7 +60,7 @@ def attach(model: nn.Module, config: AdapterConfig, *, name: str | None = None, 
         raise ValueError(f"attach takes one of {known}, not {type(config).__name__}")
     targets = find_targets(model, config)
     warn_of_idle_names(model, config)
-    warn_of_experts(model, config)
+    warn_of_experts(model, config, targets)
     saved = with_tied(model, find_saved(model, config))
     if len(saved) > len(find_saved(model, config)):
         config = replace(config, modules_to_save=list(saved))
@@ -155,7 +155,8 @@ class Adapter(Mergeable):
 
     Attributes:
         config: its settings.
-        targets: the adapted layers by name; a layer of `split_modules` comes once for each of its parts.
+        targets: the adapted layers by name; a layer of `split_modules` comes once for each of its parts, and of
+            `target_parameters` each expert (`vblora.experts.Expert`).
         outputs: which of its layer's outputs each target adapts.
         shapes: their widths, in the same order.
         init_seed: the seed its initial values were drawn from; None where they came from a file.

@@ -40,6 +40,9 @@ class AdapterConfig:
         split_modules: layers that are several in one, by name or ending, and what to call their parts: with
             {"c_attn": ["q", "k", "v"]} GPT-2's fused projection is adapted as three layers of a third of its output
             each, "...c_attn.q" and so on; `exclude_modules` takes those names too. PEFT has no such thing.
+        target_parameters: experts, as a list of parameters' names or endings ("experts.down_proj"): each matrix in
+            such a parameter of three dimensions is a target (`vblora.experts`). `target_modules` may be missing then,
+            and `exclude_modules` and `layers_to_transform` say nothing of them.
 
     Raises:
         ValueError: a value that cannot work, naming the field.
@@ -57,15 +60,23 @@ class AdapterConfig:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     split_modules: dict[str, list[str]] | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform"):
+        for name in (
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+            "layers_to_transform",
+            "target_parameters",
+        ):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
-        if self.modules_to_save is not None and not _is_list(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save takes a list of names, not {self.modules_to_save!r}")
-        if not self.target_modules:
+        for name in ("modules_to_save", "target_parameters"):
+            if getattr(self, name) is not None and not _is_list(getattr(self, name), str):
+                raise ValueError(f"{name} takes a list of names, not {getattr(self, name)!r}")
+        if not self.target_modules and not self.target_parameters:
             raise ValueError('target_modules is missing: give a list of names, a regular expression or "all-linear"')
         self._require_names("target_modules", "exclude_modules", "layers_pattern")
         numbers = self.layers_to_transform
@@ -149,7 +160,8 @@ class AdapterConfig:
                 raise ValueError(f"split_modules: {name!r} needs a list of two or more different names, not {parts!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """By the fields' names; target_parameters that are missing are not mentioned: older versions read it too."""
+        return {name: value for name, value in asdict(self).items() if value or name != "target_parameters"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdapterConfig:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from vblora.config import AdapterConfig
 from vblora.forward import ForwardPath
-from vblora.targets import ends_of, is_target, weight_of
+from vblora.targets import ends_of, find_saved, is_target, weight_of
 
 # Classes that put a model, or a part of it, under a name of their own, and where they have it.
 WRAPPERS = {
@@ -70,20 +70,25 @@ def warn_of_idle_names(model: nn.Module, config: AdapterConfig) -> None:
             warnings.warn(f"{field}: no module is called {', '.join(idle)}", stacklevel=3)
 
 
-def warn_of_experts(model: nn.Module, config: AdapterConfig) -> None:
-    """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out."""
-    wanted = config.target_modules
+def warn_of_experts(model: nn.Module, config: AdapterConfig, targets: Mapping[str, nn.Module]) -> None:
+    """transformers keeps experts as one parameter of three dimensions, which is no layer and silently left out where
+    `target_parameters` do not name it."""
+    wanted, saved = config.target_modules, tuple(f"{name}." for name in find_saved(model, config))
     experts = {
         f"{prefix}.{name}".removeprefix("."): parameter
         for prefix, module in model.named_modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if _is_of_experts(module, parameter) and (wanted == "all-linear" or is_target(config, f"{prefix}.{name}"))
+        if _is_of_experts(module, parameter)
+        and f"{prefix}.{name}.0" not in targets
+        and not f"{prefix}.".startswith(saved)
+        and wanted
+        and (wanted == "all-linear" or is_target(config, f"{prefix}.{name}"))
     }
     if experts:
         share = sum(p.numel() for p in experts.values()) / sum(p.numel() for p in model.parameters())
         warnings.warn(
             f"{len(experts)} parameters of experts stay as they are, {share:.0%} of the model's numbers: "
-            f"{next(iter(experts))} and its like are no linear layers",
+            f"{next(iter(experts))} and its like are no linear layers. target_parameters adapt them",
             stacklevel=3,
         )
 
@@ -120,8 +125,15 @@ def install_hooks(
         model.register_forward_pre_hook(_RootHook(adapter)),
         model.register_forward_hook(_RootEndHook(adapter)),
         *(inputs.register_forward_hook(_EmbeddingHook(adapter)) for inputs in _input_embeddings(model)),
-        *(layer.register_forward_hook(_LayerHook(adapter, indices), with_kwargs=True) for layer, indices in layers),
+        *(_hook(layer, adapter, indices) for layer, indices in layers),
     ]
+
+
+def _hook(layer: nn.Module, adapter: ForwardPath, indices: list[int]) -> Any:
+    """Hook a layer; an expert, which is no module that is called, does it for itself."""
+    if not isinstance(layer, nn.Module):
+        return layer.hook(adapter, indices)
+    return layer.register_forward_hook(_LayerHook(adapter, indices), with_kwargs=True)
 
 
 class _Hook:

@@ -92,7 +92,7 @@ def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append((name, module))
     for name, module in targets.items():
-        weight = weight_of(module)
+        weight, holder = weight_of(module), _holder(module)
         if is_quantized(module):
             raise ValueError(
                 f"{name} is quantised ({weight.dtype}), and rounding the sum again would change it: "
@@ -100,7 +100,7 @@ def check_mergeable(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             )
         if weight.is_meta:
             raise ValueError(f"the weight of {name} is offloaded: load the base model in memory to merge")
-        if others := [other for other, user in users.get(id(weight), ()) if user is not module]:
+        if others := [other for other, user in users.get(id(_parameter(module)), ()) if user is not holder]:
             raise ValueError(f"the weight of {name} is also that of {', '.join(others)}, which merging would change")
 
 
@@ -125,17 +125,33 @@ def check_in_place(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
         ValueError: naming the first.
     """
     names = dict(model.named_modules(remove_duplicate=False))
-    gone = [
-        name
-        for name, module in targets.items()
-        if not _is_or_wraps(names.get(name, names.get(name.rpartition(".")[0])), module)
-    ]
+    gone = [name for name, module in targets.items() if not _is_or_wraps(_place(names, name, module), _holder(module))]
     if gone:
         more = f" and {len(gone) - 1} more layers were" if len(gone) > 1 else " was"
         raise ValueError(
             f"{gone[0]}{more} replaced after the adapter was attached, so that the adapter does nothing there: "
             "change the model first, then attach or load the adapter"
         )
+
+
+def _place(names: Mapping[str, nn.Module], name: str, target: Any) -> nn.Module | None:
+    """What is now at the place of the layer that a target is, or is a part of, or of the experts that it is one of."""
+    outer = name.rpartition(".")[0]
+    if not isinstance(target, nn.Module):
+        return names.get(outer.rpartition(".")[0])
+    return names.get(name, names.get(outer))
+
+
+def _holder(target: Any) -> nn.Module:
+    """The module that holds a target's weight: the layer itself, or the module of experts that one is in."""
+    holder: nn.Module = target if isinstance(target, nn.Module) else target.holder
+    return holder
+
+
+def _parameter(target: Any) -> Tensor:
+    """The parameter that a target's weight is, or is a part of."""
+    parameter: Tensor = weight_of(target) if isinstance(target, nn.Module) else target.stack
+    return parameter
 
 
 def _is_or_wraps(found: nn.Module | None, module: nn.Module) -> bool:
@@ -227,10 +243,16 @@ def merged_state(model: Any) -> dict[str, Tensor]:
                 "writes the adapter alone"
             ) from error
         names = {id(module): name for name, module in model.named_modules()}
+        own: set[str] = set()  # tensors of the state that are the model's no more
         for target, (a, b) in adapter.layer_factors().items():
             layer = adapter.targets[target]
-            key = f"{names[id(layer)]}.weight"
-            state[key] = state[key].clone()
-            part = (state[key].T if is_conv1d(layer) else state[key])[adapter.outputs[target]]  # (out, in)
+            key = f"{names[id(_holder(layer))]}.{getattr(layer, 'parameter', 'weight')}"
+            if key not in own:
+                own.add(key)
+                state[key] = state[key].clone()
+            if not isinstance(layer, nn.Module):
+                part = layer.part_of(state[key])
+            else:
+                part = (state[key].T if is_conv1d(layer) else state[key])[adapter.outputs[target]]  # (out, in)
             part.copy_(part.to(b.dtype) + (b @ a).to(part.device))
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
     names = dict(model.named_modules())
     saved = find_saved(model, config)
     inside_saved = tuple(f"{name}." for name in saved)
-    if config.target_modules == "all-linear":
+    if not config.target_modules:
+        matched = []
+    elif config.target_modules == "all-linear":
         output_layers = _output_layers(model)
         matched = [n for n, m in names.items() if is_linear(m) and n not in output_layers and not _in_peft(n, names)]
     else:
@@ -34,7 +37,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
         for n in matched
         if n not in saved and not n.startswith(inside_saved) and not _is_excluded(config, n)
     }
-    if not targets:
+    if config.target_modules and not targets:
         known = sorted({n.rpartition(".")[2] for n, m in names.items() if is_linear(m)})
         raise ValueError(
             f"target_modules {config.target_modules!r} match no layer of {type(model).__name__}; "
@@ -54,7 +57,12 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module
             raise ValueError(
                 f"{name} is a {type(module).__name__}; an adapter needs nn.Linear, Conv1D or a bitsandbytes layer"
             )
-    return _split(targets, config)
+    targets = _split(targets, config)
+    if config.target_parameters:
+        from vblora.experts import find_experts  # few settings have them
+
+        targets |= find_experts(model, config, saved)
+    return targets
 
 
 def _split(targets: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn.Module]:
@@ -74,7 +82,7 @@ def _split(targets: dict[str, nn.Module], config: AdapterConfig) -> dict[str, nn
         result |= {f"{name}.{part}": module for part in parts if not _is_excluded(config, f"{name}.{part}")}
     if unused:
         raise ValueError(f"split_modules: no adapted layer is called {', '.join(sorted(unused))}")
-    if not result:
+    if targets and not result:
         raise ValueError(f"exclude_modules {config.exclude_modules!r} leave no part of the layers of split_modules")
     return result
 
@@ -167,12 +175,11 @@ def weight_part(module: nn.Module, outputs: slice) -> Tensor:
     return (weight.T if is_conv1d(module) else weight)[outputs]
 
 
-def layer_shape(name: str, module: nn.Module, outputs: slice) -> LayerShape:
+def layer_shape(name: str, module: Any, outputs: slice) -> LayerShape:
     """The target's name, its input width, and its output width: the number of these outputs of the layer."""
     if is_conv1d(module):
         in_features, out_features = weight_of(module).shape
     else:
-        assert isinstance(module, nn.Linear)
         in_features, out_features = module.in_features, module.out_features
     return LayerShape(name, in_features, len(range(out_features)[outputs]))
 

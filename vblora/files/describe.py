@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vblora.config import VBLoRAConfig
+from vblora.experts import parameter_of
 from vblora.files import packed
 from vblora.files.content import check_floats, check_weights
 from vblora.files.directory import HEAD_PREFIX, opened, seed_of
@@ -22,8 +23,9 @@ def describe(directory: str | Path) -> dict[str, Any]:
 
     Keys: method, format, form, settings, parts (what kinds of tensor: how many, numbers, bytes, types),
     adapter_bytes, head_parameters, head_bytes, file_bytes, init_seed; for VB-LoRA also sub_vectors and selection
-    (vectors of the bank in use, and the share of the most used one); for a packed file also base_model, layers and
-    fingerprint. A packed file's parts have the bytes that are stored, and for their types how they are stored.
+    (vectors of the bank in use, and the share of the most used one); for a packed file also base_model, layers,
+    experts (how many of the layers are) and fingerprint. Its parts have the bytes that are stored, and for their types
+    how they are stored.
 
     Raises:
         ValueError: no adapter is there, or its files are damaged.
@@ -88,6 +90,7 @@ def _describe_packed(file: Path) -> dict[str, Any]:
         "init_seed": content.init_seed,
         "base_model": content.base_model,
         "layers": len(content.shapes),
+        "experts": sum(parameter_of(s.name, content.config.target_parameters) is not None for s in content.shapes),
         "fingerprint": content.fingerprint,
     }
     if type(content.config) is VBLoRAConfig:
@@ -118,7 +121,9 @@ def render(content: dict[str, Any]) -> str:
             f"one carries {selection['largest_share']:.1%} of all weight"
         )
     if "fingerprint" in content:
-        lines.append(f"layers        {content['layers']} of {content['base_model'] or 'a model that is not named'}")
+        experts = f", of which {content['experts']} experts," if content["experts"] else ""
+        base = content["base_model"] or "a model that is not named"
+        lines.append(f"layers        {content['layers']}{experts} of {base}")
         lines.append(f"fingerprint   {content['fingerprint']}")
     if content["init_seed"] is not None:
         lines.append(f"seed          {content['init_seed']} (of the initial values)")

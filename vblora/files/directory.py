@@ -337,7 +337,7 @@ def _use_peft(config: AdapterConfig, shapes: Sequence[LayerShape], format: str) 
 def _warn_of_misfits(config: VBLoRAConfig, shapes: Sequence[LayerShape], reason: str) -> None:
     """A few layers, such as a gate of one output, may keep the others from PEFT's format, and nobody means it."""
     few = peft_format.misfits(config, shapes)
-    if not config.split_modules and 0 < len(few) < len(shapes):
+    if not config.split_modules and not config.target_parameters and 0 < len(few) < len(shapes):
         warnings.warn(
             f"the adapter is saved in the native format, which PEFT cannot read, for {len(few)} of its {len(shapes)} "
             f'layers: {reason}. exclude_modules leaves them out; format="native" says that it is meant',

@@ -10,6 +10,11 @@ One r holds for the whole file, as engines want it: the factors of a lower rank 
 `split_modules` (GPT-2's c_attn as q, k, v) become LoRA of the fused layer, which is the only one that others know,
 with the rank of all its parts together. Layers that are apart in the model (Llama's q_proj, k_proj, v_proj) stay
 apart; vLLM, which fuses them, takes them so.
+
+Experts, E matrices in one parameter of a module, are kept as PEFT keeps `target_parameters`: all of them in one A
+(E r, in), one expert after another, and one B (out, r E), whose column E i + e is column i of expert e. The parameters
+of one module are wrapped one in another there, in their order, so that the last is called by the module's name and
+each before it has one ".base_layer" more (vLLM looks for "experts.base_layer" and "experts" too).
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ import torch
 from torch import Tensor
 
 from vblora.config import AdapterConfig
+from vblora.experts import layers_among, parameter_of
 from vblora.files.content import Content
 from vblora.files.directory import CONFIG_FILE, TENSOR_FILE
 from vblora.files.peft_format import PREFIX
@@ -60,7 +66,8 @@ def export(
         directory,
         whole,
         base_model=content.base_model,
-        target_modules=target_modules(content.config, list(whole)),
+        target_modules=target_modules(content.config, layers_among(whole, content.config.target_parameters)),
+        target_parameters=target_parameters(content.config, list(whole)),
         heads=content.heads,
         modules_to_save=content.config.modules_to_save if content.heads else None,
         fan_in_fan_out=content.conv1d,
@@ -75,6 +82,7 @@ def write_lora(
     *,
     base_model: str | None,
     target_modules: list[str] | None = None,
+    target_parameters: list[str] | None = None,
     heads: Mapping[str, Tensor] | None = None,
     modules_to_save: list[str] | None = None,
     fan_in_fan_out: bool = False,
@@ -88,6 +96,7 @@ def write_lora(
         factors: by the layers' full names in the model; ranks may differ.
         base_model: the base model's name, which AutoPeftModel and engines look at.
         target_modules: names or endings that stand for exactly these layers; their full names unless given.
+        target_parameters: names or endings of the parameters that some factors are of experts in.
         heads: parameters of `modules_to_save` by their names in the model.
         modules_to_save: the names of the heads.
         fan_in_fan_out: the layers are transformers' Conv1D.
@@ -102,8 +111,8 @@ def write_lora(
         raise ValueError("there are no layers to write as LoRA")
     r = max(a.shape[0] for a, _ in factors.values())
     tensors = {PREFIX + name: t for name, t in (heads or {}).items()}
-    for name, (a, b) in factors.items():
-        pair = padded(name, a, b, r, dtype)
+    pairs = {name: padded(name, a, b, r, dtype) for name, (a, b) in factors.items()}
+    for name, pair in stacked(pairs, target_parameters).items():
         tensors |= {f"{PREFIX}{name}.lora_{letter}.weight": t for letter, t in zip("AB", pair, strict=True)}
     settings: dict[str, Any] = {
         "auto_mapping": None,
@@ -118,7 +127,8 @@ def write_lora(
         "peft_type": "LORA",
         "r": r,
         "revision": None,
-        "target_modules": target_modules or list(factors),
+        "target_modules": layers_among(factors, target_parameters) if target_modules is None else target_modules,
+        **({"target_parameters": target_parameters} if target_parameters else {}),
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
@@ -126,6 +136,45 @@ def write_lora(
     with new_directory(Path(directory)) as made:
         write_tensors(made / TENSOR_FILE, tensors, {})
         write_json(made / CONFIG_FILE, settings)
+
+
+def stacked(pairs: Pairs, target_parameters: list[str] | None) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors with all experts of a parameter made into one pair, by the names that PEFT gives them.
+
+    Raises:
+        ValueError: an expert is missing, or not as large as the first.
+    """
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    experts: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, pair in pairs.items():
+        parameter = parameter_of(name, target_parameters)
+        if parameter is None:
+            result[name] = pair
+            continue
+        of_parameter = experts.setdefault(parameter, [])
+        if name != f"{parameter}.{len(of_parameter)}" or any(
+            x.shape != y.shape for x, y in zip(pair, (of_parameter or [pair])[0], strict=True)
+        ):
+            raise ValueError(f"{name} is not the next expert of {parameter}, and of the first one's size")
+        of_parameter.append(pair)
+    names = _wrapped(list(experts))
+    for parameter, of_parameter in experts.items():
+        a = torch.cat([a for a, _ in of_parameter])  # (E r, in)
+        b = torch.stack([b for _, b in of_parameter], dim=-1).flatten(1)  # (out, r, E) as (out, r E)
+        result[names[parameter]] = a, b
+    return result
+
+
+def _wrapped(parameters: list[str]) -> dict[str, str]:
+    """PEFT's names of wrapped parameters, of those of one module the last outermost."""
+    by_module: dict[str, list[str]] = {}
+    for parameter in parameters:
+        by_module.setdefault(parameter.rpartition(".")[0], []).append(parameter)
+    return {
+        parameter: module + ".base_layer" * depth
+        for module, own in by_module.items()
+        for depth, parameter in enumerate(reversed(own))
+    }
 
 
 def whole_layers(factors: Pairs, config: AdapterConfig) -> dict[str, tuple[Tensor, Tensor]]:
@@ -179,6 +228,15 @@ def target_modules(config: AdapterConfig, names: list[str]) -> list[str]:
         return names
     ends = tuple(f".{ending}" for ending in wanted)
     return wanted if all(name in wanted or name.endswith(ends) for name in names) else names
+
+
+def target_parameters(config: AdapterConfig, names: list[str]) -> list[str] | None:
+    """What PEFT's rule makes exactly these experts of: the settings' own list, or the parameters' full names where some
+    are trained in full and so are none of them."""
+    if not config.modules_to_save or not config.target_parameters:
+        return config.target_parameters
+    found = (parameter_of(name, config.target_parameters) for name in names)
+    return list(dict.fromkeys(parameter for parameter in found if parameter is not None))
 
 
 def padded(name: str, a: Tensor, b: Tensor, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,11 @@ def find_layers(model: nn.Module, content: Content, path: Path | str) -> dict[st
             targets |= dict.fromkeys(parts.get(name, [name] if name in wanted else []), module)
     missing = [name for name in wanted if name not in targets]
     try:
+        if missing and content.config.target_parameters:
+            from vblora.experts import named_experts  # few files have them
+
+            targets |= named_experts(model, missing)
+            missing = [name for name in wanted if name not in targets]
         shapes = [] if missing else layer_shapes(targets, content.config)
         other = [shape for shape in shapes if shape != wanted[shape.name]]
     except ValueError as error:
@@ -40,7 +45,7 @@ def find_layers(model: nn.Module, content: Content, path: Path | str) -> dict[st
     if not missing and not other:
         return targets
     made_for = f" (it was made for {content.base_model})" if content.base_model else ""
-    problem = f"the model has no linear layer {missing[0]!r}" if missing else _difference(other[0], wanted)
+    problem = f"the model has no linear layer or expert {missing[0]!r}" if missing else _difference(other[0], wanted)
     count = len(missing) or len(other)
     more = f", and {count - 1} more layers differ" if count > 1 else ""
     raise ValueError(f"{path} does not fit this {type(model).__name__}{made_for}: {problem}{more}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vblora.base_weights import read_sample
 from vblora.config import AdapterConfig, TensorSpec, VBLoRAConfig
 from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opened, parse_json, serialize
+from vblora.experts import layers_among
 from vblora.files import drawn, shared_bank
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, Reader
@@ -188,7 +189,8 @@ def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads:
 
 def _header(content: Content, codes: dict[str, Any]) -> dict[str, Any]:
     settings = {key: value for key, value in content.config.to_dict().items() if value is not None}
-    targets, names = settings["target_modules"], _names(content.shapes)
+    targets = settings.get("target_modules")
+    names = layers_among(_names(content.shapes), settings.get("target_parameters"))
     if isinstance(targets, list) and sorted(targets) == sorted(names):
         del settings["target_modules"]  # as PEFT's format has them for "all-linear": hundreds of names, said in layers
     header = {
@@ -334,7 +336,8 @@ def _read_config(header: dict[str, Any], names: list[str]) -> AdapterConfig:
     if header["method"] not in by_name:
         raise ValueError(f"method {header['method']!r} is not one of {', '.join(sorted(by_name))}")
     try:
-        return by_name[header["method"]].from_dict({"target_modules": names, **header["config"]})
+        layers = layers_among(names, header["config"].get("target_parameters"))
+        return by_name[header["method"]].from_dict({"target_modules": layers or None, **header["config"]})
     except (TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"the settings are damaged: {error}") from error
 

@@ -51,6 +51,8 @@ def obstacle(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> str | None:
     b = config.vector_length
     if config.split_modules:
         return f"PEFT does not split layers (split_modules {', '.join(config.split_modules)})"
+    if config.target_parameters:
+        return f"PEFT's VB-LoRA adapts no experts (target_parameters {', '.join(config.target_parameters)})"
     for shape in shapes:
         for features in (shape.in_features, shape.out_features):
             if features % b:

@@ -96,8 +96,21 @@ class Expanded:
         if base_model not in self._models:
             self._models[base_model] = _empty_model(base_model)
         model = self._models[base_model]
+        if content.config.target_parameters:
+            _check_experts(content, model)
         if model is not None:
             match.find_layers(model, content, Path(name))
+
+
+def _check_experts(content: Content, model: nn.Module | None) -> None:
+    """Refuse experts that vLLM 0.33 would not take in this layout: of a model of two-dimensional experts it asks for a
+    flag with each request, of Mixtral it looks for another name, and of a module with one parameter it ends."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind != "gpt_oss":
+        raise ValueError("it adapts experts, which are served by this way for GPT-OSS alone: see docs/serving.md")
+    adapted = {shape.name.rsplit(".", 2)[1] for shape in content.shapes if shape.name.rpartition(".")[2].isdecimal()}
+    if not {"gate_up_proj", "down_proj"} <= adapted:
+        raise ValueError("it adapts one of gate_up_proj and down_proj, and vLLM takes experts with both alone")
 
 
 def _empty_model(name: str) -> nn.Module | None:

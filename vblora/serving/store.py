@@ -251,6 +251,11 @@ class AdapterStore:
 
     def _places(self, adapter: Content) -> dict[str, Place]:
         """Where the adapter's factors go, by target."""
+        if adapter.config.target_parameters:
+            raise ValueError(
+                "it adapts experts (target_parameters), where the tokens of all rows are mixed: serve it alone with "
+                "vblora.load, or as LoRA (vblora export)"
+            )
         if adapter.fingerprint not in self._fits:
             targets = find_layers(self.model, adapter, "it")
             self._samples[adapter.fingerprint] = take_sample(self.model, targets, adapter.shapes, adapter.outputs)
