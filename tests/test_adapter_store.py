@@ -321,3 +321,69 @@ def test_a_batch_that_ends_in_an_error_leaves_no_more_adapters_than_any_other(tm
     with pytest.raises(ValueError, match="no adapter 'nobody'"), store.rows([*names, "nobody"]):
         pass
     assert len(store._composed) == 2
+
+
+@torch.no_grad()
+def test_what_the_folder_holds_later_is_found_and_what_is_gone_forgotten(served):
+    model, folder, alone, known = served
+    store, batch = vblora.AdapterStore(model, folder), ids(1)
+    store.add("mine", (folder / "one.safetensors").read_bytes())
+    with store.rows(["two"]):
+        (folder / "late.vblora.safetensors").write_bytes((folder / "two.safetensors").read_bytes())
+        (folder / "mine.safetensors").write_bytes(b"of the folder: what was added by hand stays")
+        (folder / "two.safetensors").unlink()
+        store.refresh()
+    assert sorted(store.names()) == sorted(["late", "mine", "one", known[2]]) and store.composed() == 0
+    with store.rows(["late"]):
+        late = model(input_ids=batch).logits
+    (folder / "two.safetensors").write_bytes((folder / "late.vblora.safetensors").read_bytes())
+    torch.testing.assert_close(late, alone("two")(input_ids=batch).logits, rtol=1e-4, atol=1e-5)
+    with store.rows(["mine"]):
+        mine = model(input_ids=batch).logits
+    torch.testing.assert_close(mine, alone("one")(input_ids=batch).logits, rtol=1e-4, atol=1e-5)
+    folder.rename(folder.with_name(f"{folder.name}_elsewhere"))
+    with pytest.raises(ValueError, match="no such folder"):
+        store.refresh()
+    assert "late" in store
+
+
+@torch.no_grad()
+def test_what_is_kept_has_a_bound_in_bytes(tmp_path):
+    for number in range(4):
+        loud(vblora.attach(llama(), config(2), seed=number)).pack(tmp_path / f"{number}.safetensors")
+    store = vblora.AdapterStore(llama(), tmp_path)
+    with store.rows(["0"]):
+        pass
+    size = store.resident_bytes()
+    store = vblora.AdapterStore(store.model, tmp_path, max_bytes=2 * size + 1)
+    with store.rows([*"0123"]):
+        pass
+    assert list(store._composed) == ["2", "3"] and store.resident_bytes() == 2 * size
+    small = vblora.AdapterStore(store.model, tmp_path, max_bytes=size - 1)
+    with pytest.raises(ValueError, match=f"adapter '0': it takes {size:,} bytes"), small.rows(["0"]):
+        pass
+    with pytest.raises(ValueError, match="max_bytes must be at least 0"):
+        vblora.AdapterStore(store.model, max_bytes=-1)
+
+
+def test_an_adapter_is_checked_without_being_kept(served):
+    model, folder, _, known = served
+    seen = []
+    store = vblora.AdapterStore(model, folder, strict_base=True, check=lambda content: seen.append(content.config.r))
+    assert store.check(known[0]).config.r == seen[0] and store.composed() == 0
+    with pytest.raises(ValueError, match="no adapter 'nobody'"):
+        store.check("nobody")
+
+    def refuse(content):
+        raise ValueError("it is not wanted")
+
+    refusing = vblora.AdapterStore(model, folder, check=refuse)
+    for ask in (refusing.check, lambda name: refusing.rows([name]).__enter__()):
+        with pytest.raises(ValueError, match=f"adapter '{known[0]}': it is not wanted"):
+            ask(known[0])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    other = vblora.AdapterStore(model, folder, strict_base=True)
+    with pytest.raises(ValueError, match="another base model"):
+        other.check(known[0])

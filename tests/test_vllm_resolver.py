@@ -255,7 +255,7 @@ def test_a_place_that_cannot_be_read_is_refused_at_once(place):
 
 @pytest.mark.parametrize("text", ["0", "", "-1", "ten", "10 G", "1.5GB", "0MB"])
 def test_a_limit_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match="size of the cache"):
+    with pytest.raises(ValueError, match="number of adapters, or bytes such as 10GB, not"):
         Limit.of(text)
 
 
@@ -503,7 +503,7 @@ def test_registered_by_the_environment(resolver_module, folder, tmp_path, monkey
     ("variable", "value", "message"),
     [
         ("VBLORA_ADAPTERS", "/no/such/folder", "VBLORA_ADAPTERS: /no/such/folder: no such folder"),
-        ("VBLORA_CACHE_SIZE", "much", "VBLORA_CACHE_SIZE: a size of the cache"),
+        ("VBLORA_CACHE_SIZE", "much", "VBLORA_CACHE_SIZE: it is a number"),
         ("VBLORA_CACHE", "/dev/null/cache", "VBLORA_CACHE: "),
     ],
 )

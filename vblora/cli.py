@@ -5,6 +5,7 @@
     vblora unpack     such a file as a directory
     vblora merge      a whole model with the adapter in its weights
     vblora export     an adapter as plain LoRA, for PEFT, vLLM and SGLang
+    vblora serve      a classifier with a folder of packed adapters, over HTTP
 
 Other packages add commands by an entry point of the group vblora.commands: a checkout of the repository adds
 `vblora count`, the paper's counts. A mistake in what was asked for is one line on stderr, `vblora: error: ...`, and
@@ -14,6 +15,7 @@ exit code 2.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -57,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vblora", description="VB-LoRA: inspect, pack, merge and export adapters.")
+    parser = _Parser(prog="vblora", description="VB-LoRA: inspect, pack, merge, export and serve adapters.")
     parser.add_argument("--version", action="version", version=f"vblora {__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
 
@@ -90,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.set_defaults(run=_merge)
 
     _add_export(commands)
+    _add_serve(commands)
     _add_from_other_packages(commands)
     commands.metavar = f"{{{','.join(commands.choices)}}}"
     return parser
@@ -165,6 +168,31 @@ def _add_export(commands: Any) -> None:
     types = ("float32", "float16", "bfloat16")
     export.add_argument("--dtype", choices=types, default="float32", help="of the factors in the file")
     export.set_defaults(run=_export)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="a classifier with a folder of packed adapters, over HTTP",
+        description="Serve a model for sequence classification with every packed adapter of a folder, each text by its "
+        "own adapter, over HTTP (docs/serving.md). Adapters that come, go or are replaced are followed.",
+    )
+    serve.add_argument("model", metavar="MODEL", help="the base model's folder or name")
+    serve.add_argument("adapters", metavar="ADAPTERS", help="the folder of NAME.vblora.safetensors")
+    serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (%(default)s)")
+    serve.add_argument("--port", type=int, default=8000, help="0 is any that is free (%(default)s)")
+    serve.add_argument(
+        "--keep", default="1GB", help="adapters kept ready in memory: a number of them, or bytes (%(default)s)"
+    )
+    serve.add_argument("--max_tokens", type=int, help="of a text; as many as the model has positions unless given")
+    serve.add_argument("--max_texts", type=int, default=64, help="of a request (%(default)s)")
+    serve.add_argument("--max_body", type=int, default=2**18, help="bytes of a request (%(default)s)")
+    serve.add_argument("--queue", type=int, default=1024, help="texts that may wait (%(default)s)")
+    serve.add_argument("--batch_rows", type=int, default=32, help="texts of a batch (%(default)s)")
+    serve.add_argument("--batch_tokens", type=int, default=4096, help="of a batch, with padding (%(default)s)")
+    types = ("float32", "float16", "bfloat16")
+    serve.add_argument("--dtype", choices=types, default="float32", help="of the model's weights (%(default)s)")
+    serve.set_defaults(run=_serve)
 
 
 # --- inspect ----------------------------------------------------------------------------------------
@@ -264,6 +292,44 @@ def _export_packed(source: Any, output: Any, dtype: Any, arguments: argparse.Nam
         raise ValueError(f"{needs}: vblora export MODEL {output} --adapter {source} --to {arguments.to}")
     lora.export(content, output, dtype=dtype)
     return str(output)
+
+
+# --- serve ------------------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> str:
+    needed = ("fastapi", "uvicorn", "prometheus_client", "transformers")
+    if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"vblora serve needs {', '.join(absent)}: pip install {' '.join(absent)}")
+    import torch
+
+    from vblora.serving.classifier import Classifier
+    from vblora.serving.expanded import Limit
+    from vblora.serving.server import Limits, serve
+
+    try:
+        keep = Limit.of(arguments.keep)
+    except ValueError as error:
+        raise ValueError(f"--keep: {error}") from error
+    limits = Limits(
+        texts=arguments.max_texts,
+        body=arguments.max_body,
+        waiting=arguments.queue,
+        rows=arguments.batch_rows,
+        tokens=arguments.batch_tokens,
+    )
+
+    def load() -> Classifier:
+        return Classifier.load(
+            arguments.model,
+            arguments.adapters,
+            max_tokens=arguments.max_tokens,
+            max_composed=sys.maxsize if keep.adapters is None else keep.adapters,
+            max_bytes=keep.bytes,
+            dtype=getattr(torch, arguments.dtype),
+        )
+
+    return serve(load, arguments.host, arguments.port, limits)
 
 
 if __name__ == "__main__":

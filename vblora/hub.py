@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,10 +38,13 @@ def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
 @contextlib.contextmanager
 def _cache_only() -> Iterator[None]:
     """Let the libraries look into their cache only: left alone, they try an absent hub for most of a minute."""
-    import datasets
     import huggingface_hub.constants
 
-    modules: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    modules: list[Any] = [huggingface_hub.constants]
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        modules.append(datasets.config)
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:

@@ -260,7 +260,7 @@ class Limit(NamedTuple):
         """
         found = re.fullmatch(r"(\d+) ?(kB|MB|GB|TB)?", text.strip())
         if found is None or int(found[1]) == 0:
-            raise ValueError(f"a size of the cache is a number of adapters, or bytes such as 10GB, not {text!r}")
+            raise ValueError(f"it is a number of adapters, or bytes such as 10GB, not {text!r}")
         return cls(None, int(found[1]) * UNITS[found[2]]) if found[2] else cls(int(found[1]), None)
 
 

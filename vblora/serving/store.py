@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -40,6 +42,7 @@ from vblora.serving.batch_dims import BatchDims
 from vblora.targets import find_saved, head_tensors, weight_of
 
 SUFFIX = ".safetensors"
+SETTLED = 2 * 10**9  # ns after which a folder's time tells every later change: file systems' clocks tick coarsely
 
 
 class Place(NamedTuple):
@@ -54,11 +57,12 @@ Stamp = tuple[int, int, int]  # of a file: when it was written, its size and its
 
 
 class _Composed(NamedTuple):
-    """An adapter ready to use: A (r, in) and B (out, r) by place, its heads by name, and its file's stamp."""
+    """An adapter ready to use: A (r, in) and B (out, r) by place, its heads by name, its file's stamp, and its size."""
 
     factors: dict[Place, tuple[Tensor, Tensor]]
     heads: dict[str, nn.Module]
     stamp: Stamp | None
+    size: int
 
 
 class AdapterStore:
@@ -67,12 +71,14 @@ class AdapterStore:
     Args:
         model: any model that the adapters were trained on; it stays the same object. No adapter need be attached.
         folder: holds NAME.safetensors (or NAME.vblora.safetensors), packed; all are known by their names, and read when
-            first used, and again when they have been replaced. Shared banks lie in it too.
+            first used, and again when they have been replaced. Shared banks lie in it too. `refresh` finds later files.
         batch_dim: which dimension of the model's inputs counts the rows, where it is not the first; of its layers it
             is found out (`vblora.serving.batch_dims`).
         max_composed: adapters whose factors are kept, besides those of the running batch; the least recently used
             go first.
+        max_bytes: what the kept ones may take, as `resident_bytes` counts them; one that takes more is refused.
         strict_base: refuse, and do not only warn of, adapters made on another base (`vblora.base_weights`).
+        check: is called with what each file holds before it is used, and refuses it by a ValueError.
 
     Raises:
         ValueError: the folder does not exist, or the model is in a wrapper (`vblora.hooks.require_plain`).
@@ -84,15 +90,20 @@ class AdapterStore:
         folder: str | Path | None = None,
         *,
         max_composed: int = 64,
+        max_bytes: int | None = None,
         strict_base: bool = False,
         batch_dim: int | None = None,
+        check: Callable[[Content], None] | None = None,
     ) -> None:
-        if max_composed < 0:
-            raise ValueError(f"max_composed must be at least 0, not {max_composed}")
+        for name, most in (("max_composed", max_composed), ("max_bytes", max_bytes)):
+            if most is not None and most < 0:
+                raise ValueError(f"{name} must be at least 0, not {most}")
         require_plain(model)
         self.model = model
         self.max_composed = max_composed
+        self.max_bytes = max_bytes
         self.strict_base = strict_base
+        self._check = check
         self._sources: dict[str, Path | bytes] = {}
         self._composed: OrderedDict[str, _Composed] = OrderedDict()
         self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
@@ -104,14 +115,12 @@ class AdapterStore:
         self._running: list[_Rows] = []  # of all threads
         self._lock = threading.RLock()  # over what the threads share: all but a batch's own rows
         self._folder = None if folder is None else Path(folder)
+        self._of_folder: set[str] = set()  # the names that are known from the folder
+        self._folder_time: int | None = None  # when it was last changed, as far as is known
         self._bank_of: Callable[[str], Tensor] | None = None
         if folder is not None:
-            if not Path(folder).is_dir():
-                raise ValueError(f"{folder}: no such folder")
             self._bank_of = partial(shared_bank.read_beside, Path(folder))
-            for path in sorted(Path(folder).glob(f"*{SUFFIX}")):
-                if not path.name.endswith(shared_bank.SUFFIX):
-                    self._sources[path.name.removesuffix(SUFFIX).removesuffix(".vblora")] = path
+            self.refresh()
 
     # -- which adapters there are --------------------------------------------------------------------------------
 
@@ -135,6 +144,26 @@ class AdapterStore:
             raise ValueError(f"there is an adapter {name!r} already: remove it first")
         self._sources[name] = source if isinstance(source, bytes) else Path(source)
 
+    def refresh(self) -> None:
+        """Look into the folder again: new files become known, and adapters whose files are gone are forgotten.
+
+        Raises:
+            ValueError: the folder does not exist.
+        """
+        if self._folder is None:
+            return
+        changed = self._folder.stat().st_mtime_ns if self._folder.is_dir() else -1
+        if changed == self._folder_time and time.time_ns() - changed > SETTLED:
+            return
+        found = packed_files(self._folder)
+        with self._lock:
+            for name in self._of_folder - found.keys():
+                del self._sources[name]
+                self._composed.pop(name, None)
+            self._of_folder = {name for name in found if name in self._of_folder or name not in self._sources}
+            self._sources |= {name: found[name] for name in found if name in self._of_folder}
+            self._folder_time = changed
+
     def remove(self, name: str) -> None:
         """Forget an adapter; its file stays.
 
@@ -146,16 +175,18 @@ class AdapterStore:
             if any(name in rows.names for rows in self._running):
                 raise ValueError(f"adapter {name!r} is in use")
             del self._sources[name]
+            self._of_folder.discard(name)
             self._composed.pop(name, None)
+
+    def composed(self) -> int:
+        """How many adapters' factors are kept at present."""
+        return len(self._composed)
 
     def resident_bytes(self) -> int:
         """Bytes of the adapters in memory: packed ones, and the factors that are composed."""
         with self._lock:
-            composed, sources = list(self._composed.values()), list(self._sources.values())
-        tensors = [t for one in composed for pair in one.factors.values() for t in pair]
-        tensors += [t for one in composed for head in one.heads.values() for t in head.state_dict().values()]
-        packed_bytes = sum(len(source) for source in sources if isinstance(source, bytes))
-        return packed_bytes + sum(t.numel() * t.element_size() for t in tensors)
+            packed_bytes = sum(len(source) for source in self._sources.values() if isinstance(source, bytes))
+            return packed_bytes + sum(one.size for one in self._composed.values())
 
     # -- using them ----------------------------------------------------------------------------------------------
 
@@ -191,8 +222,19 @@ class AdapterStore:
         finally:
             with self._lock:
                 self._running = [other for other in self._running if other is not rows]
-                while len(self._composed) > self.max_composed:
-                    self._composed.popitem(last=False)
+                self._make_room()
+
+    def check(self, name: str) -> Content:
+        """What an adapter's file holds, if it could be used: all is checked, and nothing kept.
+
+        Raises:
+            ValueError: an unknown name, an adapter that is damaged or does not fit the model.
+        """
+        with self._lock:
+            adapter = self._read(name)[0]
+            own = self._samples[adapter.fingerprint]
+        check_base(adapter.base_sample, own, adapter.shapes, f"adapter {name!r}", self.strict_base)
+        return adapter
 
     def own_rows(self) -> _Rows | None:
         """The rows of the block that this thread is in."""
@@ -212,6 +254,31 @@ class AdapterStore:
             raise ValueError(f"there is no adapter {name!r} among the {len(self._sources)} known")
         return self._sources[name]
 
+    def _make_room(self) -> None:
+        """Drop the least recently used until no more are kept than may be."""
+        most = math.inf if self.max_bytes is None else self.max_bytes
+        taken = sum(one.size for one in self._composed.values())
+        while self._composed and (len(self._composed) > self.max_composed or taken > most):
+            taken -= self._composed.popitem(last=False)[1].size
+
+    def _read(self, name: str) -> tuple[Content, dict[str, Place], dict[str, nn.Module]]:
+        """An adapter, the places of its factors, and its heads; all of it checked."""
+        source = self._require(name)
+        try:
+            if isinstance(source, bytes):
+                adapter = packed.loads(source, self._bank_of)
+            else:
+                self._require_inside(source)
+                adapter = packed.read_for(self.model, source)
+            if self._check is not None:
+                self._check(adapter)
+            if self.max_bytes is not None and adapter.factor_bytes > self.max_bytes:
+                raise ValueError(f"it takes {adapter.factor_bytes:,} bytes, more than the {self.max_bytes:,} allowed")
+            places, heads = self._places(adapter), self._heads(adapter)
+        except ValueError as error:
+            raise ValueError(f"adapter {name!r}: {error}") from error
+        return adapter, places, heads
+
     @torch.no_grad()
     def _compose(self, name: str) -> _Composed:
         source = self._require(name)
@@ -219,18 +286,13 @@ class AdapterStore:
         if name in self._composed and self._composed[name].stamp == stamp:
             self._composed.move_to_end(name)
             return self._composed[name]
+        adapter, places, heads = self._read(name)
+        own = self._samples[adapter.fingerprint]
+        check_base(adapter.base_sample, own, adapter.shapes, f"adapter {name!r}", self.strict_base)
         try:
-            if isinstance(source, bytes):
-                adapter = packed.loads(source, self._bank_of)
-            else:
-                self._require_inside(source)
-                adapter = packed.read_for(self.model, source)
-            places, heads = self._places(adapter), self._heads(adapter)
             factors = adapter.factors()
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
-        own = self._samples[adapter.fingerprint]
-        check_base(adapter.base_sample, own, adapter.shapes, f"adapter {name!r}", self.strict_base)
         for place in places.values():
             self._hook(place.layer, _LayerHook(self, place.layer))
         for module_name in heads:
@@ -239,7 +301,10 @@ class AdapterStore:
         for target, pair in factors.items():
             device = weight_of(self.model.get_submodule(places[target].layer)).device
             ready[places[target]] = (pair[0].to(device), pair[1].to(device))
-        self._composed[name] = _Composed(ready, heads, stamp)
+        tensors = [t for pair in ready.values() for t in pair]
+        tensors += [t for head in heads.values() for t in head.state_dict().values()]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        self._composed[name] = _Composed(ready, heads, stamp, size)
         self._composed.move_to_end(name)
         return self._composed[name]
 
@@ -300,6 +365,18 @@ class AdapterStore:
         self.batch_dims.learn(module, args, kwargs, len(rows.names))
         inside = {f"{name}.{part}".strip(".") for part, _ in module.named_modules()}
         self._looked_into |= {part for part in inside if f"{part} before" in self._hooked} | {name}
+
+
+def packed_files(folder: Path) -> dict[str, Path]:
+    """The packed files of a folder by their adapters' names; NAME.vblora.safetensors comes before NAME.safetensors.
+
+    Raises:
+        ValueError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    paths = [path for path in sorted(folder.glob(f"*{SUFFIX}")) if not path.name.endswith(shared_bank.SUFFIX)]
+    return {path.name.removesuffix(SUFFIX).removesuffix(".vblora"): path for path in paths}
 
 
 def _stamp(path: Path) -> Stamp | None:
