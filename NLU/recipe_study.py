@@ -58,7 +58,11 @@ ROWS: dict[str, Flags] = {
     "recipe_undivided_k2": {**RECIPE, "init_vectors_of_a": 0, "topk": 2},
     "recipe_rate_2e-3": {**RECIPE, "learning_rate_vector_bank": 2e-3},
     "recipe_rate_5e-3": {**RECIPE, "learning_rate_vector_bank": 5e-3},
+    "recipe_small_rate_1e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 1e-3},
+    "recipe_small_rate_2e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 2e-3},
     "recipe_small_rate_5e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 5e-3},
+    "recipe_small_k2": {**RECIPE, "recipe_bytes": 58_980, "topk": 2},
+    "recipe_small_k2_rate_2e-3": {**RECIPE, "recipe_bytes": 58_980, "topk": 2, "learning_rate_vector_bank": 2e-3},
     "recipe_rate_8e-3": {**RECIPE, "learning_rate_vector_bank": 8e-3},
 }
 DEFAULT_ROWS = ("lora", "plain", "recipe")
