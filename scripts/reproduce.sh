@@ -8,6 +8,7 @@ export TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
     asr) script=ASR/reproduce_asr.py ;;
     recipe) script=NLU/recipe_study.py ;;
+    many) script=NLU/many_tasks.py ;;
     field) script=NLU/field_study.py ;;
     table2) script=NLG/reproduce_e2e.py ;;
     table3) script=instruction_tuning/reproduce_instruct.py ;;
