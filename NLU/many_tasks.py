@@ -39,6 +39,7 @@ from encoders import MINILM, find_model, load_classifier
 from glue_data import load_task, tokenize
 from glue_tasks import TASKS, compute_metrics
 from hyperparameters import TARGETS
+from vblora.adapter import Adapter
 from vblora.io import read_json, write_json
 from vblora.methods import VBLoRA
 from vblora.recipes import LORA_RATE, MAX_GRAD_NORM, RANK, WARMUP
@@ -144,8 +145,8 @@ def read(task: str, folder: Path, tokenizer: Any, seed: int) -> Rows:
     from transformers import DataCollatorWithPadding
 
     data = load_task(task, folder / TASKS[task].folder, max_train=MOST_ROWS, seed=seed)
-    parts = (tokenize(data[part], tokenizer, LONGEST).to_list() for part in ("train", "validation"))
-    return Rows(task, *parts, DataCollatorWithPadding(tokenizer))
+    train, validation = (tokenize(data[part], tokenizer, LONGEST).to_list() for part in ("train", "validation"))
+    return Rows(task, train, validation, DataCollatorWithPadding(tokenizer))
 
 
 def own(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def selection(key: Key, options: argparse.Namespace, model: nn.Module, rows: Row
 def refined(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) -> dict[str, Any]:
     adapter = on_the_bank(key, options, model)
     adapter.topk_logits.requires_grad_(False)
-    change = Refinement(*adapter.vector_bank.shape, REFINED_RANK)
+    change = Refinement(adapter.config.num_vectors, adapter.config.vector_length, REFINED_RANK)
     parametrize.register_parametrization(adapter, "vector_bank", change)
     head = vblora.param_groups(with_head(model, but=change), lr=HEAD_RATE)
     scores = train(model, rows, [*head, {"params": list(change.parameters()), "lr": REFINED_RATE}], key.seed)
@@ -376,7 +377,7 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(above), last, module.train(model.training))
 
 
-def packed_bytes(adapter: VBLoRA, **settings: Any) -> int:
+def packed_bytes(adapter: Adapter, **settings: Any) -> int:
     """Bytes of the packed file, without the bank where that is in a file beside."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.vblora.safetensors"

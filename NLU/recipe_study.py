@@ -30,6 +30,7 @@ from hyperparameters import row as flags_of
 from vblora.bank import Layout
 from vblora.config import VBLoRAConfig
 from vblora.io import read_json, replacing
+from vblora.methods import VBLoRA
 from vblora_experiments import commands, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,9 +185,10 @@ def by_kind(values: Flags, folder: Path) -> Path:
     glue, method, _ = run_glue.parts(run_glue.of({flag: one for flag, one in start.items() if one is not None}))
     set_seed(values["seed"])
     adapter = run_glue.build(glue, method, TASKS[glue.task])[0].adapter
+    assert isinstance(adapter, VBLoRA)
     kinds = [name.split(".layer.")[1].split(".", 1)[1] for name in adapter.targets]
     adapter.select(selection_by(kinds, adapter.layout, adapter.config, values["seed"]))
-    adapter.save(folder, form="full")
+    adapter.save(str(folder), form="full")
     return folder
 
 
