@@ -1,10 +1,11 @@
 """Composition of all sub-vectors from the bank, forward and backward: one embedding bag, the plain gather, PEFT's way.
 
-    python benchmarks/composition.py [--rows 39040] [--num_vectors 2048] [--topk 2] [--rounds 5] [--record FILE]
+    python benchmarks/composition.py [--rows 39040] [--num_vectors 2048] [--topk 2] [--dtype bfloat16] [--record FILE]
 
 Defaults are Llama2-7B's, all linear layers. `vblora.bank.compose`; the gather `(weights * bank[indices]).sum(-2)` from
 the same k logits; and PEFT's own function for each factor of 224 layers (448 calls), which starts from all h logits and
 gives all of them a gradient. The ways take turns; a figure is the median of the rounds' ratios to the embedding bag.
+In bfloat16 bank and logits are (`vblora.bank.compose` composes in float32 all the same), and differences are from it.
 On a GPU also a Triton kernel (triton_composition.py), how many kernels each way starts, and for each way whether two
 runs give the same bits, with torch.use_deterministic_algorithms and without.
 
@@ -38,6 +39,7 @@ def main(arguments: list[str]) -> None:
     options_of.add_argument("--num_vectors", type=int, default=2048, help="h")
     options_of.add_argument("--vector_length", type=int, default=256, help="b")
     options_of.add_argument("--topk", type=int, default=2, help="k")
+    options_of.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of bank and logits")
     options = options_of.parse_args(arguments)
     require_positive(options, "rounds", "rows", "num_vectors", "vector_length", "topk")
     if options.topk > options.num_vectors:
@@ -48,11 +50,12 @@ def main(arguments: list[str]) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
-    has_triton = on_gpu and importlib.util.find_spec("triton") is not None
+    has_triton = on_gpu and options.dtype == "float32" and importlib.util.find_spec("triton") is not None
     ways, indices = make_ways(options, "cuda" if on_gpu else "cpu", has_triton)
     seconds = take_turns({name: partial(timed, way) for name, way in ways.items()}, options.rounds)
     return {
         "shape": {name: getattr(options, name) for name in ("rows", "num_vectors", "vector_length", "topk")},
+        "dtype": options.dtype,
         "rounds": options.rounds,
         "ms": {name: 1000 * taken for name, taken in medians(seconds).items()},
         "times_bag": ratios(seconds, BAG),
@@ -70,19 +73,20 @@ def make_ways(options: argparse.Namespace, device: str, has_triton: bool) -> tup
     """All from the same bank, logits and gradient of the result; and the selected indices."""
     n, h, b, k = options.rows, options.num_vectors, options.vector_length, options.topk
     generator = torch.Generator().manual_seed(0)
-    bank = torch.empty(h, b).uniform_(-0.02, 0.02, generator=generator).to(device).requires_grad_()
-    logits = (torch.randn(n, h, generator=generator) * 0.1).to(device)
+    kind = getattr(torch, options.dtype)
+    bank = torch.empty(h, b).uniform_(-0.02, 0.02, generator=generator).to(device, kind).requires_grad_()
+    logits = (torch.randn(n, h, generator=generator) * 0.1).to(device, kind)
     values, indices = select(logits, k)
     selected, gradient = values.clone().requires_grad_(), torch.randn(n, b, generator=generator).to(device)
     parts = [part.requires_grad_() for part in logits.detach().clone().tensor_split(min(n, FACTORS))]
 
     def from_selected(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
         table = function(bank, indices, selected)
-        return table.detach(), *torch.autograd.grad(table, (bank, selected), gradient)
+        return table.detach(), *torch.autograd.grad(table, (bank, selected), gradient.to(table.dtype))
 
     def by_peft() -> tuple[Tensor, ...]:
         tables = [PeftLinear._get_low_rank_matrix(None, part, bank, k) for part in parts]  # type: ignore[arg-type]
-        grads = torch.autograd.grad(tables, (bank, *parts), gradient.tensor_split(len(parts)))
+        grads = torch.autograd.grad(tables, (bank, *parts), gradient.to(kind).tensor_split(len(parts)))
         return *(table.detach() for table in tables), *grads
 
     ways: dict[str, Way] = {
@@ -111,7 +115,7 @@ def differences(ways: dict[str, Way], indices: Tensor) -> dict[str, list[float]]
     found = {}
     for name, way in ways.items():
         pairs = zip(_three(way(), indices), expected, strict=True)
-        found[name] = [float((a - b).abs().max() / b.abs().max()) for a, b in pairs]
+        found[name] = [float((a.float() - b.float()).abs().max() / b.abs().max()) for a, b in pairs]
     return found
 
 
@@ -166,7 +170,7 @@ def render(results: dict[str, Any]) -> str:
             f"| {said[again['default']]} | {said[again['deterministic']]} | {count} |"
         )
     if not results["triton"]:
-        lines += ["", "The Triton kernel was left out: it needs a GPU and the package triton."]
+        lines += ["", "The Triton kernel was left out: it needs a GPU, float32 and the package triton."]
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from typing import Any
 import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from turns import report, require_positive, timed
 
 import vblora
-from vblora.io import write_json
 from vblora_experiments import commands
-from vblora_experiments.records import environment
 
 PROMPT, NEW = 16, 16  # tokens of a row: given, and generated
 BATCHES = (1, 8, 32)
@@ -38,24 +36,21 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each way is timed so often; the median counts")
     parser.add_argument("--record", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
-    for name in ("adapters", "rounds"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, not {getattr(options, name)}")
+    require_positive(options, "adapters", "rounds")
     with tempfile.TemporaryDirectory() as folder:
         names = [f"a{number}" for number in range(options.adapters)]
         write_adapters(options.model, names, Path(folder))
         results = measure(options.model, names, Path(folder), options.rounds)
-    print(render(results))
-    if options.record:
-        write_json(options.record, {"benchmark": "many_adapters", **results, **environment()})
+    report("many_adapters", results, render(results), options.record)
 
 
 def base_model(folder: str | None) -> Any:
     torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if folder is not None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, pad_token_id=0, **size)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, pad_token_id=0, **size)).to(device).eval()
 
 
 def write_adapters(model: str | None, names: list[str], folder: Path) -> None:
@@ -72,14 +67,17 @@ def write_adapters(model: str | None, names: list[str], folder: Path) -> None:
         adapter.detach()
 
 
+@torch.no_grad()
 def measure(model: str | None, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
     store = vblora.AdapterStore(base_model(model), folder, max_composed=len(names))
     opened = {"store": timed(lambda: _use(store, names))}
     wrapped = peft.PeftModel.from_pretrained(base_model(model), str(folder / names[0]), adapter_name=names[0]).eval()
-    began = time.perf_counter()
-    for name in names[1:]:
-        wrapped.load_adapter(str(folder / name), adapter_name=name)
-    opened["PEFT"] = (time.perf_counter() - began) / max(1, len(names) - 1) * len(names)
+
+    def open_others() -> None:
+        for name in names[1:]:
+            wrapped.load_adapter(str(folder / name), adapter_name=name)
+
+    opened["PEFT"] = timed(open_others) / max(1, len(names) - 1) * len(names)
     packed = sum((folder / f"{name}.safetensors").stat().st_size for name in names)
     lora = sum(p.numel() * p.element_size() for n, p in wrapped.named_parameters() if "lora_" in n)
     return {
@@ -104,7 +102,7 @@ def speeds(store: vblora.AdapterStore, wrapped: Any, names: list[str], rounds: i
         ValueError: the ways generate different texts.
     """
     torch.manual_seed(1)
-    ids = torch.randint(3, store.model.config.vocab_size, (len(names), PROMPT))
+    ids = torch.randint(3, store.model.config.vocab_size, (len(names), PROMPT)).to(store.model.device)
 
     def generate(model: Any, rows: torch.Tensor, **more: Any) -> torch.Tensor:
         how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -137,13 +135,6 @@ def speeds(store: vblora.AdapterStore, wrapped: Any, names: list[str], rounds: i
         for name, way in ways.items():
             seconds[name].append(timed(way))
     return {name: len(names) * NEW / statistics.median(taken) for name, taken in seconds.items()}
-
-
-def timed(function: Callable[[], Any]) -> float:
-    with torch.no_grad():
-        began = time.perf_counter()
-        function()
-        return time.perf_counter() - began
 
 
 def render(results: dict[str, Any]) -> str:

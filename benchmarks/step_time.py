@@ -5,7 +5,8 @@
 Forward, backward and optimiser step on random tokens; the four take turns, one step each in every round, so that what
 else the machine does hits all of them. A figure is the median of the rounds' ratios to PEFT's LoRA. The floor is the
 frozen base with one bias trained at the bottom, so that the gradient goes all the way down. State is what training
-keeps beside the base model: parameters, their gradients, the optimiser's tensors, and VB-LoRA's logits.
+keeps beside the base model: parameters, their gradients, the optimiser's tensors, and VB-LoRA's logits. The peak is
+what a step holds at most beyond what there is between steps: activations, gradients, dequantised layers.
 
 Last result (results/speed/step_time.json, CPU): VB-LoRA here 0.90 to 0.95 of LoRA's time on the four shapes.
 """
@@ -27,6 +28,7 @@ from turns import medians, parser, ratios, report, require_positive, take_turns
 
 import vblora
 from vblora_experiments import commands
+from vblora_experiments.memory import peak_bytes
 
 LORA, HERE, PEFT, FLOOR = "LoRA in PEFT", "VB-LoRA here", "VB-LoRA in PEFT", "floor"
 ENCODER = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
@@ -115,6 +117,7 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
         "seconds": medians(seconds),
         "times_lora": ratios(seconds, LORA),
         "state_bytes": {name: state_bytes(*way) for name, way in ways.items()},
+        "peak_bytes": {name: peak_bytes(one) for name, one in steps.items()},
     }
 
 
@@ -206,11 +209,11 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def render(results: dict[str, Any]) -> str:
-    lines = ["| model | | ms a step | times LoRA's | state, MB |", "|---|---|---:|---:|---:|"]
+    lines = ["| model | | ms a step | times LoRA's | state, MB | peak, MB |", "|---|---|---:|---:|---:|---:|"]
     for shape, found in results.items():
         lines += [
             f"| {shape} | {way} | {1000 * found['seconds'][way]:.0f} | {found['times_lora'][way]:.3f} "
-            f"| {found['state_bytes'][way] / 1e6:.1f} |"
+            f"| {found['state_bytes'][way] / 1e6:.1f} | {found['peak_bytes'][way] / 1e6:.1f} |"
             for way in found["seconds"]
         ]
     return "\n".join(lines)

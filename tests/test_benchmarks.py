@@ -17,10 +17,10 @@ import vblora
 from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = ("turns", "adapters", "damage", "triton_composition")  # no benchmarks themselves
-# The command itself, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, one that
-# needs another version, and one that damages files.
-NOT_IN_ALL = ("all", "show", "going_on", "kills", "killed_saves", "against", "fuzz")
+SHARED = ("turns", "adapters", "damage", "triton_composition", "gpu_kit")  # no benchmarks themselves
+# The commands themselves, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, one
+# that needs another version, and one that damages files.
+NOT_IN_ALL = ("all", "gpu", "show", "going_on", "kills", "killed_saves", "against", "fuzz")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
