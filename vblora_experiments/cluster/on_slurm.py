@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import contextlib
+import io
 import re
 import shutil
 import subprocess
@@ -56,8 +57,8 @@ class Slurm:
         return {run: _in_words(*states[place][1:]) for run, place in self._places().items() if place in states}
 
     def stop(self) -> None:
-        if names := sorted({name for name, _ in self._places().values()}):
-            _told(["scancel", f"--user={getpass.getuser()}", f"--name={','.join(names)}"])
+        if ids := self._ids():
+            _told(["scancel", *ids.values()])
 
     def _known(self) -> dict[str, Any]:
         return read_json(self.registry) if self.registry.exists() else {}
@@ -96,7 +97,8 @@ class Slurm:
             journal.path_of(job.log).unlink(missing_ok=True)
         try:
             executor.update_parameters(**self._parameters(name, after))
-            queued = executor.submit_array([Work.of(job, self.settings.cpus) for job in jobs])
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises too
+                queued = executor.submit_array([Work.of(job, self.settings.cpus) for job in jobs])
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
             raise ValueError(f"--on slurm: {_refusal(str(error))}") from error
         return {job.name: one.job_id for job, one in zip(jobs, queued, strict=True)}
