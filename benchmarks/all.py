@@ -34,6 +34,7 @@ SMALL: dict[str, str | None] = {  # the benchmarks in the order they run, each w
     "many_adapters": "--adapters 2 --rounds 1",
     "packed": "",
     "file_sizes": "",
+    "scheduling": "--runs 2 --rounds 1",
 }
 
 

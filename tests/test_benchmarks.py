@@ -17,10 +17,10 @@ import vblora
 from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-SHARED = ("turns", "adapters", "damage", "triton_composition", "gpu_kit")  # no benchmarks themselves
-# The commands themselves, one that reads records, one that needs a run of GLUE, two that kill runs for minutes, one
+SHARED = ("turns", "adapters", "damage", "small_slurm", "triton_composition", "gpu_kit")  # no benchmarks themselves
+# The commands themselves, one that reads records, one that needs a run of GLUE, three that kill runs for minutes, one
 # that needs another version, and one that damages files.
-NOT_IN_ALL = ("all", "gpu", "show", "going_on", "kills", "killed_saves", "against", "fuzz")
+NOT_IN_ALL = ("all", "gpu", "show", "going_on", "kills", "killed_saves", "cluster_campaign", "against", "fuzz")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -167,6 +167,13 @@ def test_pipeline_says_which_flags_do_not_go_together():
         benchmark("pipeline").main(["--model", "somewhere"])
     with pytest.raises(ValueError, match="--task mrpc needs --data_dir"):
         benchmark("pipeline").main(["--runs", "glue", "--task", "mrpc"])
+
+
+def test_scheduling(tmp_path, capsys):
+    benchmark("scheduling").main(["--runs", "2", "--rounds", "1", "--record", str(tmp_path / "r.json")])
+    found = read_json(tmp_path / "r.json")["per_run"]
+    assert all(0 < one["seconds"] == pytest.approx(60 * one["of_a_minute"]) for one in found.values())
+    assert "schedule.run_all" in capsys.readouterr().out
 
 
 def test_all(tmp_path, capfd, monkeypatch):
