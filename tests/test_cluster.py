@@ -80,9 +80,25 @@ def test_a_line_of_a_journal_that_was_cut_off_does_not_count(tmp_path):
     with journal.path_of(log).open("a") as file:
         file.write('{"code": 0, "ended')
     assert [(a.process, a.code) for a in journal.attempts(log)] == [(1, -9), (2, None)]
+    journal.started(log, 3)
+    assert [(a.process, a.code) for a in journal.attempts(log)] == [(1, -9), (2, None), (3, None)]
     journal.path_of(log).write_text('{"began": 1, "other": 2}\n')
     with pytest.raises(ValueError, match="is damaged"):
         journal.attempts(log)
+
+
+def test_a_run_on_a_full_disk_has_failed_and_it_is_said_why(tmp_path, disk, monkeypatch):
+    monkeypatch.setattr(follow, "POLL", 0)
+    monkeypatch.setattr(follow, "GRACE", 0)
+    one = Job("one", [sys.executable, "-c", "print('x' * 9999); raise SystemExit(2)"], disk / "one.log")
+    with (disk / "filling").open("wb", buffering=0) as file, pytest.raises(OSError):
+        while True:
+            file.write(b"x" * 4096)
+    with pytest.raises(Failed):
+        Work.of(one, 1)()
+    said: list[str] = []
+    assert follow.run_all(Scripted(), [one], said.append) == ["one"]
+    assert "FAILED" in said[-1] and f"(no output: the disk of {disk} is full)" in said[-1]
 
 
 # ------------------------------------------------------------------------------------- waiting for the runs
@@ -132,7 +148,7 @@ def test_runs_are_followed_until_all_have_ended(tmp_path, monkeypatch):
     assert any(line.startswith("two: FAILED (exit code 1") for line in said)
     assert any(line == "after: left out, as two failed" for line in said)
     assert any(line.startswith(f"lost: FAILED: lost on {platform.node()}") for line in said)
-    assert any(line.startswith("never: FAILED: no worker began it") for line in said)
+    assert any(line.startswith("never: FAILED: no worker wrote that it began it") for line in said)
     assert cluster.stopped  # nothing is left of other commands
 
 

@@ -76,11 +76,11 @@ def last_step(folder: Path) -> int:
 
 
 def _add(log: Path, event: dict[str, Any]) -> None:
-    """Add a line. A full disk must not end a run that has none to write: the line is left out then."""
+    """Add a line, on a new one also where the last was cut off. A full disk must not end a run: it is left out then."""
     with suppress(OSError):
         log.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path_of(log), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(handle, f"{json.dumps(event)}\n".encode("ascii"))
+            os.write(handle, f"\n{json.dumps(event)}\n".encode("ascii"))
         finally:
             os.close(handle)

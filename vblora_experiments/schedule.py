@@ -5,6 +5,7 @@ from __future__ import annotations
 import graphlib
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 from vblora_experiments import journal
 
 POLL = 0.1  # seconds between two looks at the running processes: a run's end is seen so much later at most
+FULL = 2**16  # bytes: with fewer free a disk counts as full
 
 
 @dataclass
@@ -144,8 +146,9 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def last_line(log: Path) -> str:
-    """Of what a job has printed."""
-    if not log.exists():
-        return "(no output)"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "(no output)"
+    """Of what a job has printed; on a full disk that may be nothing."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    if lines:
+        return lines[-1]
+    full = log.parent.exists() and shutil.disk_usage(log.parent).free < FULL
+    return f"(no output: the disk of {log.parent} is full)" if full else "(no output)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,18 +18,6 @@ from vblora.files import packed
 from vblora_experiments import commands
 
 SIZES = ["--num_vectors", "10", "--vector_length", "16", "--topk", "2", "--method", "vblora"]
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """A small disk of its own, mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = shutil.which("mount") is not None and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]).returncode:
-        pytest.skip("only root can mount a small disk")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def fill(disk: Path, left: int) -> None:

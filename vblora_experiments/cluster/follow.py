@@ -84,7 +84,10 @@ def outcome(job: Job, failed: Sequence[str] = ()) -> str:
         return f"left out, as {', '.join(name for name in job.after if name in failed)} failed"
     attempts = journal.attempts(job.log)
     if not attempts:
-        return f"FAILED: no worker began it; what the cluster says of that is beside {job.log.parent}/.cluster"
+        said = schedule.last_line(job.log)
+        return (
+            f"FAILED: no worker wrote that it began it; {said}; what the cluster says is in {job.log.parent}/.cluster"
+        )
     last = attempts[-1]
     if last.code is None or last.ended is None:
         return f"FAILED: lost on {last.host}, {job.log}: {schedule.last_line(job.log)}"
