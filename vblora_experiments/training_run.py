@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import TrainingArguments
 
 from vblora.adapter import Adapter
@@ -20,12 +21,33 @@ def once(out: Path, plan: dict[str, Any], training: TrainingArguments, fit: Call
     """What training.json in a run's folder holds, after `fit` where it is not there yet; nothing in other processes.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, or is another one to each of several processes.
     """
     publishing.check(training)
+    require_shared(out)
     if runs.begin(out, plan) is None and not (out / TRAINING_FILE).exists():
         fit()
     return read_json(out / TRAINING_FILE) if training.process_index == 0 else {}
+
+
+def require_shared(out: Path) -> None:
+    """Refuse a run's folder that several processes do not see alike, as on machines that share no file system: some
+    would go on from a checkpoint and others begin.
+
+    Raises:
+        ValueError: naming what the first two of them see.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    own = TRAINING_FILE if (out / TRAINING_FILE).exists() else Path(runs.last_checkpoint(out) or "no checkpoint").name
+    found = [""] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(
+                f"{out} holds {found[0]} on rank 0 and {other} on rank {rank}: --output_dir must be a folder that all "
+                "machines share"
+            )
 
 
 def train(trainer: AdapterTrainer, out: Path) -> bool:
