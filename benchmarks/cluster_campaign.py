@@ -3,7 +3,7 @@
     python benchmarks/cluster_campaign.py ray slurm [--epochs 15] [--records results/cluster]
     python benchmarks/cluster_campaign.py --show results/cluster/ray.json
 
-Six runs of a tiny random RoBERTa on generated sentences (two of them wait for two others) are run by reproduce.sh's
+Five runs of a tiny random RoBERTa on generated sentences (two of them wait for a third) are run by reproduce.sh's
 script on this machine alone, and with --on ray or --on slurm on a cluster that this script makes here and ends again:
 two nodes of ray.cluster_utils.Cluster, or slurmctld and slurmd as one node (Debian's slurm-wlm). Of Ray a run, a
 worker, the actor that holds the queue, the driver and a node are killed, each while a run has a checkpoint; of Slurm
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,15 +97,19 @@ def measure(campaign: Campaign, on: str) -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    lines = ["| run | processes | from the checkpoints of steps | finished | record and tensors as on one machine |"]
+    lines = [f"| {found['on']} | processes | from the checkpoints of steps | finished | record and tensors |"]
     lines += ["| --- | ---: | --- | ---: | --- |"]
     for name, run in found["runs"].items():
         steps = ", ".join(map(str, run["went_on_from"]))
-        same = "yes" if run["equal"] else f"no: {', '.join(run['differs_in'])}"
-        lines.append(
-            f"| {name.removeprefix('roberta_base_')} | {run['attempts']} | {steps} | {run['finished']} | {same} |"
-        )
-    return "\n".join([*lines, "", f"{found['on']}: {'; '.join(found['events'])}. {found['seconds']:.0f} s."])
+        same = "equal" if run["equal"] else f"other: {', '.join(run['differs_in'])}"
+        lines.append(f"| {short(name)} | {run['attempts']} | {steps} | {run['finished']} | {same} |")
+    happened = "; ".join(map(short, found["events"]))
+    return "\n".join([*lines, "", f"{happened[:1].upper()}{happened[1:]}. In {found['seconds']:.0f} s."])
+
+
+def short(text: str) -> str:
+    """A text with the names of runs in it, without what is the same in all of them."""
+    return re.sub(r"(?:roberta_base_)?(\w+?)_vblora_qv(\w*?)_vector_length\w*(_seed\d+)", r"\1\2\3", text)
 
 
 class Campaign:
@@ -214,7 +219,7 @@ def ray_events(campaign: Campaign, cluster: Any, node: Any, more: list[str]) -> 
         count = len(journal.attempts(campaign.folder / "ray" / f"{name}.log"))
         os.kill(find(attempt.process), signal.SIGKILL)
         campaign.again("ray", name, count + 1)
-        happened.append(f"{what} (of {name.removeprefix('roberta_base_')})")
+        happened.append(f"{what} (of {name})")
 
     happened: list[str] = []
     driver = campaign.driver("ray", *more)
@@ -229,7 +234,7 @@ def ray_events(campaign: Campaign, cluster: Any, node: Any, more: list[str]) -> 
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=1)
     campaign.again("ray", name, count + 1)
-    happened.append(f"a node was removed (with {name.removeprefix('roberta_base_')})")
+    happened.append(f"a node was removed (with {name})")
     finish(campaign, "ray", driver)
     return happened
 
@@ -263,7 +268,7 @@ def slurm_events(campaign: Campaign, more: list[str]) -> list[str]:
         count = len(journal.attempts(campaign.folder / "slurm" / f"{name}.log"))
         do(name)
         campaign.again("slurm", name, count + 1)
-        happened.append(f"{what} (of {name.removeprefix('roberta_base_')})")
+        happened.append(f"{what} (of {name})")
 
     def requeue(name: str) -> None:
         array, place = json.loads((campaign.folder / "slurm" / ".cluster" / "slurm" / "runs.json").read_text())[name]

@@ -431,7 +431,7 @@ def test_the_table_shows_states_scores_and_the_time_left(tmp_path):
         "| going | interrupted on there | 40/100 | loss 0.7, pearson 0.25 (epoch 2) | 10 min |",
         "| new | not begun |  |  |  |",
     ]
-    assert lines[-1] == "7 runs: 1 done, 2 running, 1 waiting, 1 failed, 1 interrupted, 1 not"
+    assert lines[-1] == "7 runs: 1 done, 2 running, 1 waiting, 1 failed, 1 interrupted on there, 1 not begun"
 
 
 def test_a_terminal_shows_it_again_until_nothing_is_going(monkeypatch, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "guide.md", ROOT / "docs" / "your_own_method.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "your_own_method.md", "cluster.md"))]
 
 
 def test_the_readme_has_at_most_150_lines():

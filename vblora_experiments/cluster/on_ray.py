@@ -94,7 +94,8 @@ class Ray:
         from vblora.io import read_json, write_json
         from vblora_experiments.progress import alone
 
-        self._require_room()
+        with answering():
+            self._require_room()
         with alone(self.registry, wait=True):
             queued = self.queued()
             new = [job for job in in_order(jobs) if job.name not in queued]

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +57,7 @@ def render(seen: Sequence[Seen]) -> str:
     lines = [
         [run.name, run.state, f"{run.step}/{run.steps}" if run.steps else "", run.scores, left(run)] for run in seen
     ]
-    counts: dict[str, int] = {}
-    for run in seen:
-        counts[run.state.split(" ")[0]] = counts.get(run.state.split(" ")[0], 0) + 1
+    counts = Counter(run.state.split(" (")[0] for run in seen)
     words = ", ".join(f"{count} {state}" for state, count in counts.items())
     return tables.render(HEADER, lines, "markdown", [f"{len(seen)} runs: {words}"])
 
