@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from core_helpers import Stack
-from language_helpers import save_tiny_llama
+from language_helpers import byte_tokenizer, save_tiny_llama
+from transformers import BertConfig, BertModel
 
 import vblora
 from vblora.io import read_json
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "damage", "small_slurm", "triton_composition", "gpu_kit")  # no benchmarks themselves
+SHARED += ("serving_client",)
 # The commands themselves, one that reads records, one that needs a run of GLUE, three that kill runs for minutes, one
-# that needs another version, and one that damages files.
+# that needs another version, one that damages files, and three that start servers.
 NOT_IN_ALL = ("all", "gpu", "show", "going_on", "kills", "killed_saves", "cluster_campaign", "against", "fuzz")
+NOT_IN_ALL += ("serving", "serving_soak", "vllm_adapters")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -35,7 +38,7 @@ def benchmark(name):
 def test_step_time(tmp_path, capsys):
     record = tmp_path / "r.json"
     benchmark("step_time").main(["--shapes", "small", "small_nf4", "--rounds", "1", "--record", str(record)])
-    found = read_json(record)
+    found = read_json(Path(record))
     for name in ("small", "small_nf4"):
         small = found[name]
         assert small["times_lora"]["LoRA in PEFT"] == 1 and all(value > 0 for value in small["seconds"].values())
@@ -66,7 +69,7 @@ def test_against_another_version(tmp_path, capsys):
     record = tmp_path / "r.json"
     work = ["evaluation", "save", "load"]
     benchmark("against").main([str(FOLDER.parent), "--rounds", "1", "--only", *work, "--record", str(record)])
-    found = read_json(record)["work"]
+    found = read_json(Path(record))["work"]
     assert set(found) == set(work) and all(one["ratio"] > 0 for one in found.values())
     with pytest.raises(ValueError, match="holds no vblora/"):
         benchmark("against").main([str(tmp_path)])
@@ -77,7 +80,7 @@ def test_many_adapters(tmp_path, capsys):
     record = tmp_path / "r.json"
     command = ["--model", str(model), "--adapters", "8", "--rounds", "1", "--record", str(record)]
     benchmark("many_adapters").main(command)
-    found = read_json(record)
+    found = read_json(Path(record))
     assert set(found["tokens_per_second"]) == {"1", "8"} and found["waiting_bytes"]["store"] > 0
     assert "8 adapters." in capsys.readouterr().out
 
@@ -86,7 +89,7 @@ def test_exchange(tmp_path, capsys):
     record = tmp_path / "r.json"
     command = "--layers 1 --width 64 --num_vectors 300 --vector_length 32 --steps 2 --record"
     importlib.import_module("exchange").main([*command.split(), str(record)])  # its processes import it by its name
-    found = read_json(record)
+    found = read_json(Path(record))
     quiet = found["ways"]["VB-LoRA here, forward_sync_buffers=False"]
     assert quiet["bytes"]["buffers"] == 0
     for way, one in found["ways"].items():
@@ -221,6 +224,45 @@ def test_pull_is_one_for_orthogonal_gradients_and_n_for_equal_ones(alike, expect
 def test_fuzz(tmp_path, capsys):
     record = tmp_path / "fuzz.json"
     benchmark("fuzz").main(["--cases", "220", "--record", str(record)])
-    found = read_json(record)
+    found = read_json(Path(record))
     assert found["wrong"] == {} and sum(sum(kind.values()) for kind in found["outcomes"].values()) == 220
     assert "packed, shared bank" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder")
+    tokenizer = byte_tokenizer()
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **size)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_serving(tiny_encoder, tmp_path, capsys):
+    small = "--adapters 3 --in_use 1 3 --bound 3 --peft 2 --requests 9 --clients 3 --rows 4 --rounds 1"
+    benchmark("serving").main(["--model", tiny_encoder, *small.split(), "--record", str(tmp_path / "r.json")])
+    found = read_json(tmp_path / "r.json")
+    assert found["over_http"]["ways"].keys() == {"all kept, 1", "all kept, 3"}
+    assert found["over_http"]["ways"]["all kept, 1"]["of_one_adapter"] == 1
+    assert found["batches"]["adapters"]["1"]["times_the_store"]["store"] == 1
+    assert "PEFT loaded" in capsys.readouterr().out
+
+
+def test_serving_under_load_of_all_kinds(tiny_encoder, tmp_path):
+    record = str(tmp_path / "r.json")
+    benchmark("serving_soak").main(
+        ["--model", tiny_encoder, "--minutes", "0.05", "--adapters", "4", "--record", record]
+    )
+    found = read_json(Path(record))
+    seen = found["seen"]
+    assert found["wrong"] == [] and seen["in flight at the end: 200"] == 8
+    assert {
+        "asked: 200",
+        "rows compared",
+        "replaced",
+        "hung up",
+        "hostile: 404",
+        "hostile: 413",
+        "hostile: 422",
+    } <= set(seen)

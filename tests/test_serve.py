@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -144,7 +142,7 @@ def test_every_text_is_answered_as_its_adapter_alone_would(folder):
 
 def test_adapters_come_are_replaced_broken_and_go_while_it_runs(folder, monkeypatch):
     monkeypatch.setattr(server, "LOOK_SECONDS", 0.02)
-    monkeypatch.setattr("vblora.serving.classifier.REFUSED_FOR", 0.2)
+    monkeypatch.setattr("vblora.serving.classifier.REFUSED_FOR", 1000)
     file = folder / "adapters" / "dave.vblora.safetensors"
 
     def until(status, *row):
@@ -494,20 +492,3 @@ def test_an_adapter_that_does_not_fit_is_named_at_the_start(folder, tmp_path, ca
     vblora.attach(model, settings).pack(tmp_path / "erin.safetensors")
     line = refused(capsys, folder / "model", tmp_path, "--port", 0)
     assert "adapter 'erin'" in line and says in line
-
-
-def test_the_real_command_ends_by_a_signal(folder):
-    command = [sys.executable, "-m", "vblora.cli", "serve", str(folder / "model"), str(folder / "adapters")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, "--port", "0"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        port = int(process.stdout.readline().partition("127.0.0.1:")[2].partition("/")[0])
-        until(lambda: call(port, path="/health")[0] == 200)
-        assert ask(port, ("alice", "x"))[0] == 200
-        process.terminate()
-        out, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert (process.returncode, err) == (0, "") and "in flight were answered" in out

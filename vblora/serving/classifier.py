@@ -30,7 +30,7 @@ from vblora.serving.store import AdapterStore, packed_files
 logger = logging.getLogger(__name__)
 
 LABELS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")  # (labels, width), in transformers' heads
-REFUSED_FOR = 5.0  # seconds after which an adapter that could not be used is tried again
+REFUSED_FOR = 5.0  # seconds after which an adapter that could not be used is tried again, unless its file changes
 MOST_TOKENS = 512  # of a text, where the model has no number of positions
 
 
@@ -66,7 +66,7 @@ class Classifier:
         self.tokenizer = tokenizer
         self.store = store
         self.max_tokens = max_tokens or most
-        self._refused: dict[str, tuple[float, NotServed]] = {}  # until when, and why
+        self._refused: dict[str, tuple[float, Any, NotServed]] = {}  # until when, the file's stamp, and why
 
     @classmethod
     def load(
@@ -124,7 +124,8 @@ class Classifier:
         """The logits of each row, or `NotServed` for one whose adapter cannot be used."""
         now = time.monotonic()
         self._refused = {name: found for name, found in self._refused.items() if found[0] > now}
-        answers: list[Any] = [self._refused.get(name, (0, None))[1] for name in adapters]
+        refused = {name: self._still_refused(name) for name in set(adapters)}
+        answers: list[Any] = [refused[name] for name in adapters]
         rows = [row for row, answer in enumerate(answers) if answer is None]
         if not rows:
             return answers
@@ -144,17 +145,24 @@ class Classifier:
         with self.store.rows(adapters):
             return self.model(**batch).logits.float().tolist()
 
+    def _still_refused(self, name: str) -> NotServed | None:
+        _, stamp, why = self._refused.get(name, (0.0, None, None))
+        return why if why is not None and self.store.stamp(name) == stamp else None
+
     def _refuse(self, adapters: Collection[str]) -> bool:
         """Find those of the adapters that cannot be used; whether there are any."""
-        until, before = time.monotonic() + REFUSED_FOR, len(self._refused)
+        until, found = time.monotonic() + REFUSED_FOR, False
         for name in adapters:
+            stamp = self.store.stamp(name)
             try:
                 with self.store.rows([name]):
                     pass
             except ValueError as error:
                 logger.warning("%s", error)
-                self._refused[name] = (until, NotServed(f"adapter {name!r} cannot be used: the server's log says why"))
-        return len(self._refused) > before
+                why = NotServed(f"adapter {name!r} cannot be used: the server's log says why")
+                self._refused[name] = (until, stamp, why)
+                found = True
+        return found
 
 
 @dataclass(frozen=True)

@@ -282,16 +282,17 @@ async def _body(request: Request, most: int, hold: Callable[[int], None]) -> byt
 
 async def _results(request: Request, futures: list[Future[Any]]) -> list[Any]:
     """The rows' answers; where the client has gone, rows that wait are not run."""
-    answers = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    rows = [asyncio.wrap_future(future) for future in futures]
+    answered: asyncio.Future[Any] = asyncio.ensure_future(asyncio.wait(rows))
     gone: asyncio.Future[Any] = asyncio.ensure_future(_gone(request.receive))
     try:
-        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answers.done():
+        await asyncio.wait({answered, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answered.done():
             raise ClientDisconnect
-        found = answers.result()
     finally:
-        gone.cancel()
-        answers.cancel()
+        for waited in (answered, gone, *rows):
+            waited.cancel()
+    found = [row.exception() or row.result() for row in rows]
     for error in found:
         if isinstance(error, BaseException):
             status = next((status for kind, status in STATUSES.items() if isinstance(error, kind)), None)
@@ -375,7 +376,7 @@ def make_server(service: Service) -> uvicorn.Server:
         make_app(service),
         http="h11",  # which bounds a request's head
         ws="none",
-        log_level="warning",
+        log_level="error",  # a warning for whatever is no HTTP would let anybody fill the log
         access_log=False,
         server_header=False,
         limit_concurrency=service.limits.connections,

@@ -178,6 +178,11 @@ class AdapterStore:
             self._of_folder.discard(name)
             self._composed.pop(name, None)
 
+    def stamp(self, name: str) -> Stamp | None:
+        """What changes when an adapter's file is replaced; None where there is no file, or no such adapter."""
+        source = self._sources.get(name)
+        return _stamp(source) if isinstance(source, Path) else None
+
     def composed(self) -> int:
         """How many adapters' factors are kept at present."""
         return len(self._composed)
