@@ -21,9 +21,10 @@ FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 SHARED = ("turns", "adapters", "damage", "small_slurm", "triton_composition", "gpu_kit")  # no benchmarks themselves
 SHARED += ("serving_client",)
 # The commands themselves, one that reads records, one that needs a run of GLUE, three that kill runs for minutes, one
-# that needs another version, one that damages files, and three that start servers.
+# that needs another version, one that damages files, three that start servers, one that counts, and one that
+# needs a model.
 NOT_IN_ALL = ("all", "gpu", "show", "going_on", "kills", "killed_saves", "cluster_campaign", "against", "fuzz")
-NOT_IN_ALL += ("serving", "serving_soak", "vllm_adapters")
+NOT_IN_ALL += ("serving", "serving_soak", "vllm_adapters", "experts", "grpo")
 sys.path.append(str(FOLDER))  # what benchmarks share; last, as NLG has a generation.py too
 
 
@@ -83,6 +84,36 @@ def test_many_adapters(tmp_path, capsys):
     found = read_json(Path(record))
     assert set(found["tokens_per_second"]) == {"1", "8"} and found["waiting_bytes"]["store"] > 0
     assert "8 adapters." in capsys.readouterr().out
+
+
+def test_experts(tmp_path, capsys):
+    record = tmp_path / "r.json"
+    benchmark("experts").main(["--models", "Mixtral-8x7B", "--record", str(record)])
+    found = read_json(record)["models"]["Mixtral-8x7B"]
+    full = found["full"]
+    r, layers, hidden, inner = 4, 32, 4096, 14336
+    attention = 2 * (hidden + hidden) + 2 * (hidden + 1024)
+    assert full["layers"]["lora"] == r * layers * attention
+    of_experts = 8 * (hidden + 2 * inner + inner + hidden)
+    assert full["with_experts"]["lora"] == r * layers * (attention + of_experts)
+    n = full["with_experts"]["lora"] // 256
+    assert full["with_experts"]["sub_vectors"] == n and full["with_experts"]["vblora"] == 2048 * 256 + n + n // 2
+    assert max(found["tiny"]["apart"].values()) < 1e-4 < 0.1 < found["tiny"]["effect"]
+    assert "| Mixtral-8x7B |" in capsys.readouterr().out
+
+
+def test_grpo(tmp_path, capsys):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    model = save_tiny_llama(tmp_path / "model", width=64)
+    grpo, record = benchmark("grpo"), tmp_path / "r.json"
+    texts = [" 44", " 44\n1", "44 is", " 45", "so 44"]
+    assert grpo.reward(texts, [44] * 5) == [1.0, 1.0, 0.25, 0.0, 0.0]
+    small = ["--steps", "2", "--group", "2", "--held_out", "3"]
+    grpo.main(["--model", str(model), *small, "--record", str(record)])
+    found = read_json(record)
+    sent = list(found["sync_bytes"].values())
+    assert len(found["log"]) == 2 and max(sent[:2]) < sent[2] < sent[3]
+    assert "LoRA r 4" in capsys.readouterr().out
 
 
 def test_exchange(tmp_path, capsys):

@@ -15,7 +15,7 @@ from language_helpers import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import vblora
-from vblora.integrations import AdapterTraining, reference_of, selection_statistics
+from vblora.integrations import AdapterTraining, BaseReference, reference_of, selection_statistics
 
 RATES = {"lr_vector_bank": 1e-2, "lr_logits": 1e-1}
 COMMON = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2, "logging_steps": 1, "report_to": []}
@@ -90,11 +90,11 @@ def dpo(base, out):
     return Trainer(model, reference, arguments, **settings)
 
 
-def grpo(base, out):
+def grpo(base, out, beta=0.0):
     trl = trl_or_skip()
     from datasets import Dataset
 
-    class Trainer(AdapterTraining, trl.GRPOTrainer): ...
+    class Trainer(AdapterTraining, BaseReference, trl.GRPOTrainer): ...
 
     def letters(completions, **_):  # a reward that differs between completions
         return [float(sum(map(str.isalpha, text))) + len(set(text)) / 10 for text in completions]
@@ -102,7 +102,8 @@ def grpo(base, out):
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(base)
     attached(model)
-    arguments = trl.GRPOConfig(str(out), num_generations=2, max_completion_length=6, bf16=False, **COMMON)
+    settings = {"num_generations": 2, "max_completion_length": 6, "bf16": False, "beta": beta, **COMMON}
+    arguments = trl.GRPOConfig(str(out), **settings)
     rows = Dataset.from_list([{"prompt": text[:8]} for text in TEXTS])
     settings = {"train_dataset": rows, "processing_class": tokenizer, "rates": RATES}
     return Trainer(model, letters, arguments, **settings)
@@ -172,6 +173,26 @@ def test_the_reference_stays_the_base_model():
     adapter = adapt(model, kind="llama", init_vector_bank_bound=0.5)
     assert not torch.equal(run(model, batch), before) and torch.equal(run(reference, batch), before)
     assert adapter in list(model.modules()) and adapter not in list(reference.modules())
+
+
+def test_grpo_compares_with_the_base_model_and_loads_no_other(base, tmp_path, monkeypatch):
+    trl = trl_or_skip()
+
+    def another(*_, **__):
+        raise AssertionError("a second model is loaded")
+
+    monkeypatch.setattr(trl.trainer.grpo_trainer, "create_model_from_path", another)
+    trainer = grpo(base, tmp_path, beta=0.1)
+    ids = torch.arange(3, 15).view(2, 6)
+    found, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), 4)
+    own, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 4)
+    logits = AutoModelForCausalLM.from_pretrained(base)(ids).logits[:, 1:-1].log_softmax(-1)
+    expected = logits.gather(-1, ids[:, 2:, None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (own - expected).abs().max() > 1e-5 and trainer.adapter.enabled
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert len(logs) == 4 and all(entry["kl"] > 0 for entry in logs) and trainer.args.beta == 0.1
 
 
 def test_what_the_log_says_of_a_selection():
@@ -332,7 +353,7 @@ def test_the_code_of_the_page_runs(base, tmp_path, monkeypatch, capsys):
     from datasets import Dataset
 
     monkeypatch.chdir(tmp_path)
-    assert set(BLOCKS) == {"trainer", "sft", "dpo", "lightning", "accelerate"}
+    assert set(BLOCKS) == {"trainer", "sft", "dpo", "grpo", "lightning", "accelerate"}
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = [{"input_ids": ids, "labels": ids} for ids in (tokenizer(text)["input_ids"][:8] for text in TEXTS)]
     pairs = [{"prompt": text[:8], "chosen": text[8:], "rejected": text[8:][::-1]} for text in TEXTS]
@@ -340,11 +361,15 @@ def test_the_code_of_the_page_runs(base, tmp_path, monkeypatch, capsys):
     names |= {"pairs": Dataset.from_list(pairs), "vblora": vblora, "trl": trl}
     names |= {"batches": [{name: torch.tensor([ids]) for name, ids in row.items()} for row in rows]}
     names |= {"settings": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}}
+    names |= {"prompts": Dataset.from_list([{"prompt": text[:8]} for text in TEXTS])}
+    names |= {"reward": lambda completions, **_: [float(len(set(text))) for text in completions]}
     of_trl = {"max_length": 32, "bf16": False, **COMMON}
+    of_grpo = {"num_generations": 2, "max_completion_length": 4, "bf16": False, **COMMON}
     arguments = {
         "trainer": lambda: transformers.TrainingArguments(str(tmp_path / "trainer"), **COMMON),
         "sft": lambda: trl.SFTConfig(str(tmp_path / "sft"), **of_trl),
         "dpo": lambda: trl.DPOConfig(str(tmp_path / "dpo"), **of_trl),
+        "grpo": lambda: trl.GRPOConfig(str(tmp_path / "grpo"), beta=0.1, **of_grpo),
     }
     for name, code in BLOCKS.items():
         if name == "lightning":
@@ -352,10 +377,10 @@ def test_the_code_of_the_page_runs(base, tmp_path, monkeypatch, capsys):
         names["model"] = AutoModelForCausalLM.from_pretrained(base)
         if name in arguments:
             names["arguments"] = arguments[name]()
-        if name in ("sft", "accelerate"):
+        if name in ("sft", "grpo", "accelerate"):
             names["adapter"] = vblora.attach(names["model"], names["chosen"].config)
         exec(code, names)
-        if name in ("sft", "dpo"):
+        if name in ("sft", "dpo", "grpo"):
             names["trainer"].train()
     model = AutoModelForCausalLM.from_pretrained(base)
     assert torch.isfinite(vblora.load(model, tmp_path / "adapter").vector_bank).all()

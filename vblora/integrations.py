@@ -154,6 +154,32 @@ class AdapterTraining:
         restore(self.adapter, this.state.best_model_checkpoint)
 
 
+class BaseReference:
+    """Put between `AdapterTraining` and trl.GRPOTrainer, it makes beta's reference the model without its adapter.
+
+    TRL itself would load a second base model. `args.beta` is what it is in TRL; with 0 there is no reference.
+
+        class Trainer(AdapterTraining, BaseReference, trl.GRPOTrainer): ...
+    """
+
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *positional: Any, **others: Any) -> None:
+        without = copy.copy(args)
+        without.beta = 0.0
+        super().__init__(model, reward_funcs, without, *positional, **others)  # type: ignore[call-arg]
+        this: Any = self
+        this.args.beta = self.beta = args.beta
+        # What TRL asks for the reference's probabilities: the adapter stands for the model without it.
+        self.ref_model: Any = this.find_adapter(this.model) if self.beta else None
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *positional: Any, **others: Any) -> Any:
+        of: Any = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
+        if self.ref_model is None or model is not self.ref_model:
+            return of(model, *positional, **others)
+        this: Any = self
+        with self.ref_model.disabled():
+            return of(this.model, *positional, **others)
+
+
 def optimiser_name(args: Any) -> str:
     """What `--optim` says."""
     return str(getattr(args.optim, "value", args.optim))

@@ -1,0 +1,169 @@
+"""GRPO with a reward that a program checks, and the bytes that a sampler is sent after each step.
+
+    python benchmarks/grpo.py --model DIR [--steps 30] [--record results/grpo_smollm2.json]
+
+The task: sums of two numbers below 100, after one that is written out. The reward is 1 where the first number of the
+completion is the sum and no letter follows, 0.25 where only the number is right, 0 else. TRL's GRPOTrainer with
+`AdapterTraining` trains VB-LoRA by the recipe; its reference (beta) is the model without the adapter. Before and after
+stand the mean reward of sampled completions of sums that are not trained on, and the share of right numbers.
+
+Bytes of one weight synchronisation, each measured by writing it: what changes in VB-LoRA's packed file (at k = 1 the
+bank alone, as a selection of one vector never moves), the whole packed file, LoRA of the same rank on the same layers
+(the export of this very adapter), and the merged model in bfloat16, which TRL sends to vLLM without PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import vblora
+from vblora.files import packed
+from vblora.integrations import AdapterTraining, BaseReference
+from vblora.io import write_json
+from vblora_experiments import commands
+from vblora_experiments.records import environment
+
+TOKENS = 8  # of a completion
+
+
+class Trainer(AdapterTraining, BaseReference, trl.GRPOTrainer): ...
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a causal model")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt, and rows of a step")
+    parser.add_argument("--lora_rate", type=float, default=5e-4, help="the recipe's; the bank's rate is twice as high")
+    parser.add_argument("--beta", type=float, default=0.02, help="weight of the distance from the reference")
+    parser.add_argument("--held_out", type=int, default=64, help="sums to measure on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="write the figures to this file too")
+    options = parser.parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    rows = sums(options.steps + options.held_out, options.seed)
+    train, held_out = rows[: options.steps], rows[options.steps :]
+    chosen = vblora.recipe(model, "all-linear", lora_rate=options.lora_rate)
+    adapter = vblora.attach(model, chosen.config, seed=options.seed)
+    start = time.process_time()
+    with adapter.disabled():
+        base = measured(model, tokenizer, held_out, options.seed)
+    before = measured(model, tokenizer, held_out, options.seed)
+    log = trained(model, tokenizer, train, chosen, options)
+    after = measured(model, tokenizer, held_out, options.seed)
+    settings = {key: getattr(options, key) for key in ("steps", "group", "lora_rate", "beta", "held_out", "seed")}
+    record = {
+        "model": options.model.name,
+        "settings": {**settings, "config": chosen.config.to_dict(), "rates": chosen.rates},
+        "base_model": base,
+        "before": before,
+        "after": after,
+        "log": log,
+        "sync_bytes": sync_bytes(model, adapter),
+        "processor_seconds": time.process_time() - start,
+    }
+    printed = render(record)
+    print("\n".join(printed))
+    if options.record:
+        write_json(options.record, {"benchmark": "grpo", **record, "printed": printed, **environment()})
+
+
+def sums(count: int, seed: int) -> list[dict[str, Any]]:
+    """Prompts, all different, with their answers."""
+    pairs = random.Random(seed).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
+    return [{"prompt": f"12 + 31 = 43\n{a} + {b} =", "answer": a + b} for a, b in pairs]
+
+
+def reward(completions: list[str], answer: list[int], **_: Any) -> list[float]:
+    """See above."""
+    found = []
+    for text, wanted in zip(completions, answer, strict=True):
+        number = re.match(r"\s*(\d+)", text)
+        right = number is not None and int(number[1]) == wanted
+        found.append(0.0 if not right else 0.25 if re.search("[A-Za-z]", text) else 1.0)
+    return found
+
+
+def trained(model: Any, tokenizer: Any, rows: list[dict[str, Any]], chosen: Any, options: Any) -> list[dict[str, Any]]:
+    """Train, and give TRL's log."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trl.GRPOConfig(
+            folder,
+            per_device_train_batch_size=options.group,
+            num_generations=options.group,
+            max_completion_length=TOKENS,
+            max_steps=options.steps,
+            learning_rate=options.lora_rate,
+            warmup_steps=round(chosen.warmup * options.steps),
+            max_grad_norm=chosen.max_grad_norm,
+            beta=options.beta,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+            seed=options.seed,
+        )
+        more = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer, "rates": chosen.rates}
+        trainer = Trainer(model, reward, arguments, **more)
+        trainer.train()
+        kept = ("step", "reward", "kl", "loss", "grad_norm", "entropy")
+        logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+        return [{key: entry[key] for key in kept if key in entry} for entry in logs]
+
+
+@torch.no_grad()
+def measured(model: Any, tokenizer: Any, rows: list[dict[str, Any]], seed: int) -> dict[str, float]:
+    """The mean reward of one sampled completion of each prompt, and the share of right numbers."""
+    torch.manual_seed(seed)
+    model.eval()
+    batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True).to(model.device)
+    settings = {"max_new_tokens": TOKENS, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    ids = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)[:, batch["input_ids"].shape[1] :]
+    found = reward(tokenizer.batch_decode(ids, skip_special_tokens=True), [row["answer"] for row in rows])
+    return {"reward": sum(found) / len(found), "right": sum(one > 0 for one in found) / len(found)}
+
+
+def sync_bytes(model: Any, adapter: Any) -> dict[str, int]:
+    """What one synchronisation sends, by what is sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        adapter.export_lora(f"{folder}/lora")
+        of_lora = Path(folder, "lora", "adapter_model.safetensors").stat().st_size
+        bank = adapter.content().tensors["vector_bank"]
+        whole = len(packed.dumps(adapter))
+        own = {id(parameter) for parameter in adapter.parameters()}
+        merged = sum(2 * p.numel() for p in model.parameters() if id(p) not in own)
+    return {
+        "VB-LoRA, the bank": bank.numel() * bank.element_size(),
+        "VB-LoRA, packed": whole,
+        f"LoRA r {adapter.config.r}": of_lora,
+        "the merged model in bfloat16": merged,
+    }
+
+
+def render(record: dict[str, Any]) -> list[str]:
+    """The figures for reading, in Markdown."""
+    lines = ["| | mean reward, sampled | right numbers |", "|---|---:|---:|"]
+    names = {"base_model": "without the adapter", "before": "adapter as drawn", "after": "trained"}
+    lines += [f"| {name} | {record[key]['reward']:.3f} | {record[key]['right']:.1%} |" for key, name in names.items()]
+    lines += ["", "| sent after a step | bytes | of LoRA's |", "|---|---:|---:|"]
+    of_lora = next(size for name, size in record["sync_bytes"].items() if name.startswith("LoRA"))
+    lines += [f"| {name} | {size:,} | {size / of_lora:.3g} |" for name, size in record["sync_bytes"].items()]
+    return lines
+
+
+if __name__ == "__main__":
+    commands.run(main, "grpo")
