@@ -302,6 +302,9 @@ def test_copies_and_pickles_have_experts_of_their_own():
     assert torch.equal(logits(model), logits(build()))
 
 
+ONE, OTHER = torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([[3, 2], [1, 0], [3, 1]])
+
+
 class Twice(nn.Module):
     """One module of experts in two places, called by position and by name."""
 
@@ -310,8 +313,8 @@ class Twice(nn.Module):
         self.one = build("gpt_oss").model.layers[0].mlp.experts
         self.two = self.one
 
-    def forward(self, x):
-        chosen, weights = torch.tensor([[0, 1], [2, 0], [3, 1]]), torch.full((3, 2), 0.5)
+    def forward(self, x, chosen=ONE):
+        weights = torch.full((3, 2), 0.5)
         return self.two(self.one(x, chosen, weights), top_k_weights=weights, top_k_index=chosen)
 
 
@@ -325,6 +328,22 @@ def test_experts_in_two_places_are_adapted_once():
     assert (expected - before).abs().max() > 0.1
     adapter.merge()
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_traced_and_transformed_other_experts_may_be_chosen():
+    model = Twice()
+    adapter = adapt(model, target_modules=None, target_parameters=["gate_up_proj", "down_proj"])
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    traced = torch.jit.trace(model, (x, ONE), check_trace=False)
+    torch.testing.assert_close(traced(x, OTHER), model(x, OTHER), rtol=1e-4, atol=1e-4)
+
+    def summed(bank):
+        return torch.func.functional_call(model, {"vblora_adapter.vector_bank": bank}, (x,)).sum()
+
+    found = torch.func.grad(summed)(adapter.vector_bank.detach())
+    model(x).sum().backward()
+    torch.testing.assert_close(found, adapter.vector_bank.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", ["tied_lora", "lora_xs"])
