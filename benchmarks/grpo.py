@@ -161,7 +161,8 @@ def render(record: dict[str, Any]) -> list[str]:
     lines += [f"| {name} | {record[key]['reward']:.3f} | {record[key]['right']:.1%} |" for key, name in names.items()]
     lines += ["", "| sent after a step | bytes | of LoRA's |", "|---|---:|---:|"]
     of_lora = next(size for name, size in record["sync_bytes"].items() if name.startswith("LoRA"))
-    lines += [f"| {name} | {size:,} | {size / of_lora:.3g} |" for name, size in record["sync_bytes"].items()]
+    sizes = sorted(record["sync_bytes"].items(), key=lambda item: item[1])
+    lines += [f"| {name} | {size:,} | {size / of_lora:.3g} |" for name, size in sizes]
     return lines
 
 

@@ -111,8 +111,8 @@ def test_grpo(tmp_path, capsys):
     small = ["--steps", "2", "--group", "2", "--held_out", "3"]
     grpo.main(["--model", str(model), *small, "--record", str(record)])
     found = read_json(record)
-    sent = list(found["sync_bytes"].values())
-    assert len(found["log"]) == 2 and max(sent[:2]) < sent[2] < sent[3]
+    ours, of_lora = found["sync_bytes"]["VB-LoRA, packed"], found["sync_bytes"]["LoRA r 4"]
+    assert len(found["log"]) == 2 and ours < of_lora < found["sync_bytes"]["the merged model in bfloat16"]
     assert "LoRA r 4" in capsys.readouterr().out
 
 
