@@ -387,3 +387,33 @@ def test_an_adapter_is_checked_without_being_kept(served):
     other = vblora.AdapterStore(model, folder, strict_base=True)
     with pytest.raises(ValueError, match="another base model"):
         other.check(known[0])
+
+
+@torch.no_grad()
+def test_a_head_of_fewer_labels_has_nan_for_the_others(tmp_path):
+    def narrow(labels):
+        size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+        torch.manual_seed(0)
+        return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, num_labels=labels, **size)).eval()
+
+    few = loud(vblora.attach(narrow(2), config(2, target_modules=["query"], modules_to_save=["classifier"])))
+    few.pack(tmp_path / "few.safetensors")
+    model, alone, batch = narrow(3), narrow(2), ids(1)
+    vblora.load(alone, tmp_path / "few.safetensors")
+    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape"):
+        vblora.AdapterStore(model, tmp_path).check("few")
+    with vblora.AdapterStore(model, tmp_path, shorter=("classifier.weight", "classifier.bias")).rows(["few"]):
+        found = model(input_ids=batch).logits[0]
+    torch.testing.assert_close(found[:2], alone(input_ids=batch).logits[0], rtol=1e-4, atol=1e-5)
+    assert found[2].isnan()
+    with pytest.raises(ValueError, match=r"classifier\.bias has shape"):
+        vblora.AdapterStore(model, tmp_path, shorter=("classifier.weight",)).check("few")
+    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape"):
+        vblora.AdapterStore(narrow(1), tmp_path, shorter=("classifier.weight", "classifier.bias")).check("few")
+    names = ("classifier.weight", "classifier.bias")
+    store, wanted = (
+        vblora.AdapterStore(model, shorter=names),
+        dict(zip(names, (torch.ones(3, 4), torch.ones(3)), strict=True)),
+    )
+    with pytest.raises(ValueError, match="differ in their numbers of labels"):
+        store._as_long({**wanted, names[0]: torch.ones(2, 4)}, wanted)

@@ -46,12 +46,16 @@ def special_tokens():
     return tokenizer
 
 
-def load(folder):
-    return AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=3).eval()
+LABELS = {"carol": 2, "dave": 2}  # the others have three
+
+
+def load(folder, name=None):
+    labels = LABELS.get(name, 3)
+    return AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=labels).eval()
 
 
 def write(folder, name, of=None, seed=0):
-    adapter = vblora.attach(load(folder), CONFIGS[of or name], seed=seed)
+    adapter = vblora.attach(load(folder, name), CONFIGS[of or name], seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in [*adapter.parameters(), *(p for m in adapter.saved.values() for p in m.parameters())]:
@@ -63,7 +67,7 @@ def write(folder, name, of=None, seed=0):
 
 def alone(folder, name, text, text_pair=None):
     """The logits that this adapter gives by itself."""
-    model = load(folder)
+    model = load(folder, name)
     vblora.load(model, folder / "adapters" / f"{name}.vblora.safetensors")
     with torch.no_grad():
         return model(**special_tokens()(text, text_pair, return_tensors="pt")).logits[0].tolist()
@@ -135,7 +139,7 @@ def test_every_text_is_answered_as_its_adapter_alone_would(folder):
     for answers in (whole["outputs"], [one[1]["outputs"][0] for one in single]):
         for answer, logits in zip(answers, expected * (len(answers) // len(expected)), strict=True):
             torch.testing.assert_close(torch.tensor(answer["logits"]), torch.tensor(logits), rtol=1e-4, atol=1e-5)
-            assert answer["label"] == max(range(3), key=logits.__getitem__)
+            assert answer["label"] == max(range(len(logits)), key=logits.__getitem__)
     assert f'vblora_requests_total{{status="200"}} {1 + len(single)}.0' in metrics
     assert f"vblora_batch_rows_sum {4 * len(asked)}.0" in metrics and "vblora_adapters 3.0" in metrics
 

@@ -11,6 +11,7 @@ of its answer, and the others of its batch their answers.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from vblora.serving.store import AdapterStore, packed_files
 
 logger = logging.getLogger(__name__)
 
-LABELS = ("classifier.out_proj.weight", "classifier.weight", "score.weight")  # (labels, width), in transformers' heads
+# The tensors of transformers' heads that have a row for each label.
+LABELS = tuple(f"{head}.{of}" for head in ("classifier.out_proj", "classifier", "score") for of in ("weight", "bias"))
 REFUSED_FOR = 5.0  # seconds after which an adapter that could not be used is tried again, unless its file changes
 MOST_TOKENS = 512  # of a text, where the model has no number of positions
 
@@ -99,6 +101,7 @@ class Classifier:
             max_bytes=max_bytes,
             strict_base=True,
             check=partial(_require_heads, new=new, name=name),
+            shorter=LABELS,
         )
         for adapter in store.names():
             store.check(adapter)
@@ -143,7 +146,7 @@ class Classifier:
     def _forward(self, adapters: list[str], tokens: list[_Tokens]) -> list[list[float]]:
         batch = self.tokenizer.pad([row.fields for row in tokens], return_tensors="pt").to(self.model.device)
         with self.store.rows(adapters):
-            return self.model(**batch).logits.float().tolist()
+            return [_own(row) for row in self.model(**batch).logits.float().tolist()]
 
     def _still_refused(self, name: str) -> NotServed | None:
         _, stamp, why = self._refused.get(name, (0.0, None, None))
@@ -175,18 +178,22 @@ class _Tokens:
         return len(self.fields["input_ids"])
 
 
+def _own(logits: list[float]) -> list[float]:
+    """Without the NaN that stand behind them where the adapter has fewer labels than others."""
+    count = len(logits)
+    while count and math.isnan(logits[count - 1]):
+        count -= 1
+    return logits[: count or None]
+
+
 def _labels(files: Iterable[Path]) -> int | None:
-    """How many labels the adapters' heads have, by the first that has a head; None where none has one.
+    """How many labels the largest head of the adapters has; None where none has one.
 
     Raises:
         ValueError: a file is damaged.
     """
-    for file in files:
-        heads = packed.read(file, packed.MOST_BYTES).heads
-        ends = [tensor for key, tensor in heads.items() if key.endswith(LABELS)]
-        if ends:
-            return len(ends[0])
-    return None
+    heads = (packed.read(file, packed.MOST_BYTES).heads for file in files)
+    return max((len(tensor) for head in heads for key, tensor in head.items() if key.endswith(LABELS)), default=None)
 
 
 def _load(name: str, labels: int | None, dtype: torch.dtype) -> tuple[Any, Any, set[str]]:

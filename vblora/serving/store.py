@@ -79,6 +79,8 @@ class AdapterStore:
         max_bytes: what the kept ones may take, as `resident_bytes` counts them; one that takes more is refused.
         strict_base: refuse, and do not only warn of, adapters made on another base (`vblora.base_weights`).
         check: is called with what each file holds before it is used, and refuses it by a ValueError.
+        shorter: endings of names of the heads' tensors that may have fewer rows than the model's, as those of a
+            classifier of fewer labels; the outputs that it lacks are NaN.
 
     Raises:
         ValueError: the folder does not exist, or the model is in a wrapper (`vblora.hooks.require_plain`).
@@ -94,6 +96,7 @@ class AdapterStore:
         strict_base: bool = False,
         batch_dim: int | None = None,
         check: Callable[[Content], None] | None = None,
+        shorter: tuple[str, ...] = (),
     ) -> None:
         for name, most in (("max_composed", max_composed), ("max_bytes", max_bytes)):
             if most is not None and most < 0:
@@ -104,6 +107,7 @@ class AdapterStore:
         self.max_bytes = max_bytes
         self.strict_base = strict_base
         self._check = check
+        self._shorter = shorter
         self._sources: dict[str, Path | bytes] = {}
         self._composed: OrderedDict[str, _Composed] = OrderedDict()
         self._fits: dict[str, dict[str, Place]] = {}  # the places of the targets, by what decides them
@@ -340,14 +344,27 @@ class AdapterStore:
     def _heads(self, adapter: Content) -> dict[str, nn.Module]:
         """The adapter's heads by name: modules of its own, as the model's are other threads' too."""
         saved = find_saved(self.model, adapter.config) if adapter.heads else {}
-        check_heads(adapter.heads, head_tensors(saved))
+        tensors = self._as_long(adapter.heads, head_tensors(saved))
         heads: dict[str, nn.Module] = {}
         for module_name, module in saved.items():
             own = module.state_dict()
             heads[module_name] = _bare_copy(module)
-            tensors = {key: adapter.heads[f"{module_name}.{key}"].to(own[key]) for key in own}
-            heads[module_name].load_state_dict(tensors, assign=True)
+            mine = {key: tensors[f"{module_name}.{key}"].to(own[key]) for key in own}
+            heads[module_name].load_state_dict(mine, assign=True)
         return heads
+
+    def _as_long(self, heads: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's heads, checked, with rows of NaN where they may have fewer than the model's."""
+        rows = {key: len(heads[key]) for key in wanted if key.endswith(self._shorter) and key in heads}
+        short = {key: wanted[key][:count] for key, count in rows.items() if count < len(wanted[key])}
+        if short and len(set(rows.values())) > 1:
+            raise ValueError(f"{', '.join(rows)} differ in their numbers of labels: {list(rows.values())}")
+        check_heads(heads, wanted | short)
+        missing = {
+            key: heads[key].new_full((len(wanted[key]) - len(heads[key]), *heads[key].shape[1:]), math.nan)
+            for key in short
+        }
+        return heads | {key: torch.cat([heads[key], rest]) for key, rest in missing.items()}
 
     def _hook(self, module_name: str, hook: Any) -> None:
         if module_name not in self._hooked:
