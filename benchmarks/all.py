@@ -27,6 +27,7 @@ SMALL: dict[str, str | None] = {  # the benchmarks in the order they run, each w
     "loading": f"{ONE_LAYER} --rounds 1",
     "active_logits": "--steps 2 --num_vectors 64 --stds 0.01",
     "scaling": "",
+    "training_memory": "",
     "learning": "--steps 1",
     "growth": "--axes h --points 2 --rounds 1",
     "pipeline": "--small",

@@ -6,6 +6,7 @@ step, once: the agents start both anew, and the run goes on from its last checkp
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -71,7 +72,7 @@ def as_accelerate_launch():
 
 
 def watch_sharding(place):
-    """Note of each parameter whether FSDP2 has divided it."""
+    """Note what FSDP2 has left whole, and the bytes that this process holds of the rest."""
     from torch.distributed.tensor import DTensor
 
     from vblora.trainer import AdapterTrainer
@@ -79,9 +80,12 @@ def watch_sharding(place):
     inner = AdapterTrainer.training_step
 
     def watched(self, model, *arguments, **more):
-        divided = {isinstance(p, DTensor): name for name, p in model.named_parameters()}
-        whole = {name for name, p in model.named_parameters() if not isinstance(p, DTensor)}
-        (place / f"whole_{os.environ['RANK']}").write_text("\n".join(sorted(whole)) if divided.get(True) else "all")
+        named = dict(model.named_parameters())
+        whole = sorted(name for name, p in named.items() if not isinstance(p, DTensor))
+        share = sum(p.to_local().nbytes for p in named.values() if isinstance(p, DTensor))
+        of_all = sum(p.nbytes for p in named.values() if isinstance(p, DTensor))
+        found = {"whole": whole, "bytes": share, "of": of_all}
+        (place / f"divided_{os.environ['RANK']}.json").write_text(json.dumps(found))
         return inner(self, model, *arguments, **more)
 
     AdapterTrainer.training_step = watched

@@ -66,6 +66,24 @@ def test_active_logits_and_what_follows_on_paper(tmp_path, capsys):
         benchmark("scaling").main(["--active", str(tmp_path / "scaling.json")])
 
 
+def test_training_memory(tmp_path, capsys):
+    record = tmp_path / "r.json"
+    benchmark("training_memory").main(["--rows", "2", "--record", str(record)])
+    models = read_json(record)["models"]
+    for found in models.values():
+        assert (
+            found["ddp_nf4"]
+            < found["fsdp2"]["1"]
+            == sum(found["parts"].values()) - found["parts"]["memory_bytes"] - (found["parts"]["gathered_bytes"])
+        )
+    largest = models["Llama2-70B"]["fsdp2"]
+    assert largest["1"] > largest["2"] > largest["4"] > largest["8"]
+    printed = capsys.readouterr().out
+    assert "FSDP2 over 4 of 80 GB" in printed and "2,048 tokens on each GPU" in printed
+    with pytest.raises(ValueError, match="--rows must be at least 1, not 0"):
+        benchmark("training_memory").main(["--rows", "0"])
+
+
 def test_against_another_version(tmp_path, capsys):
     record = tmp_path / "r.json"
     work = ["evaluation", "save", "load"]

@@ -84,9 +84,11 @@ def test_a_process_was_lost_and_the_run_went_on(place):
 
 
 def test_fsdp2_divides_the_base_and_leaves_the_adapter_whole(place):
-    for rank in range(2):
-        whole = (place / f"whole_{rank}").read_text().splitlines()
-        assert whole and all(name.startswith("vblora_adapter.") for name in whole)
+    found = [read_json(place / f"divided_{rank}.json") for rank in range(2)]
+    for one in found:
+        assert one["whole"] and all(name.startswith("vblora_adapter.") for name in one["whole"])
+        assert one["bytes"] <= 0.51 * one["of"]
+    assert sum(one["bytes"] for one in found) == found[0]["of"]
 
 
 def test_machines_that_share_no_folder_are_refused(place):

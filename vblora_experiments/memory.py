@@ -1,7 +1,8 @@
-"""The memory that a piece of work takes, counted by PyTorch's own allocator: exact, and the same at every call."""
+"""The memory that a piece of work takes, as PyTorch's own allocator counts it."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     On a GPU from the allocator's own count (of the current device); on the CPU from the profiler, which sees each
     allocation. What libraries take by other ways is not in it.
     """
+    gc.collect()  # or what is freed of before would be taken off
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
