@@ -200,7 +200,10 @@ def finish(campaign: Campaign, on: str, driver: subprocess.Popen[bytes]) -> None
 @contextmanager
 def on_ray(campaign: Campaign) -> Iterator[Callable[[], list[str]]]:
     """Two nodes with a core each, on this machine."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }  # else a busy machine has no time for them
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -161,9 +161,8 @@ def test_the_end_of_a_run_may_be_seen_late(tmp_path, monkeypatch):
     assert follow.run_all(cluster, [one], lambda line: None) == []
 
 
-def test_jobs_come_behind_those_they_wait_for(tmp_path):
-    jobs = [job(tmp_path, "b", after=["a", "elsewhere"]), job(tmp_path, "c", after=["b"]), job(tmp_path, "a")]
-    assert [one.name for one in in_order(jobs)] == ["a", "b", "c"]
+def test_jobs_come_behind_those_they_wait_for():
+    assert in_order({"b": ["a", "elsewhere"], "c": ["b"], "a": []}) == ["a", "b", "c"]
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -357,6 +356,45 @@ def test_an_address_that_leads_nowhere_is_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             on_ray.Ray(tmp_path, settings.RaySettings(address=address))
+
+
+class Tasks:
+    """In Ray's place: it keeps which tasks were queued, behind which others."""
+
+    def __init__(self):
+        self.queued: list[tuple[str, ...]] = []
+
+    def remote(self, *arguments):
+        if callable(arguments[0]):
+            return self
+        self.queued.append((self.name, *arguments[1:]))
+        return self.name
+
+    def options(self, name, **_):
+        self.name = name
+        return self
+
+    def wait(self, tasks, num_returns, timeout):
+        return [], tasks
+
+
+def test_the_actor_queues_runs_behind_their_starts_also_when_it_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ray := Tasks())
+    after = {"z": [], "a": ["z"], "b": ["a"], "y": [], "c": ["y"], "d": ["c"]}  # the file has them by the alphabet
+    runs = {n: {"work": {"log": str(tmp_path / f"{n}.log")}, "after": a, "options": {}} for n, a in after.items()}
+    write_json(tmp_path / "ray.json", runs)
+    queue = on_ray.Queue(str(tmp_path / "ray.json"))
+    assert {task[0]: task[1:] for task in ray.queued} == {n: tuple(a) for n, a in after.items()}
+    assert sorted(queue.going()) == sorted(after)
+    ray.queued.clear()
+    for name, code in (("z", 0), ("y", 2), ("a", -9)):
+        journal.started(tmp_path / f"{name}.log", 1)
+        journal.ended(tmp_path / f"{name}.log", code)
+    queue = on_ray.Queue(str(tmp_path / "ray.json"))  # z has ended well, y by an error, a was killed
+    assert ray.queued == [("a",), ("b", "a")] and queue.going() == ["a", "b"]
+    ray.queued.clear()
+    queue.add(["y", "c"])  # given again, by the command
+    assert ray.queued == [("y",), ("c", "y")]
 
 
 # ------------------------------------------------------------------------------------- locks

@@ -122,6 +122,7 @@ def test_a_real_ray_queues_follows_refuses_and_stops(tmp_path, monkeypatch):
     from vblora_experiments.cluster.on_ray import Ray
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setattr(follow, "POLL", 0.5)
     runs = tmp_path / "runs"
     jobs = [job(runs, "wrong", "import sys; print('why'); sys.exit(2)"), job(runs, "waits", after=["wrong"])]
@@ -134,7 +135,7 @@ def test_a_real_ray_queues_follows_refuses_and_stops(tmp_path, monkeypatch):
         assert [a.code for a in journal.attempts(jobs[3].log)] == [0] and not journal.attempts(jobs[1].log)
         assert [a.code for a in journal.attempts(jobs[0].log)] == [2]  # an error of its own is not tried again
         with pytest.raises(ValueError, match="no node has room for a run of 1 cores and 3 GPUs"):
-            Ray.submit(_with(cluster, settings.RaySettings(gpus=3, cpus=1)), jobs)
+            Ray(runs, settings.RaySettings(address=made.address, gpus=3, cpus=1)).submit(jobs)
         assert cluster.submit([job(runs, "long", "import time; time.sleep(600)")]) == 1
         assert cluster.submit([job(runs, "long", "import time; time.sleep(600)")]) == 0
         wait_until(lambda: cluster.queued() == {"long": "running"})
@@ -145,8 +146,3 @@ def test_a_real_ray_queues_follows_refuses_and_stops(tmp_path, monkeypatch):
     finally:
         ray.shutdown()
         made.shutdown()
-
-
-def _with(cluster, other):
-    cluster.settings = other
-    return cluster

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,11 +59,10 @@ def _visible_gpus(count: int) -> list[str]:
     return list(dict.fromkeys(known))[:count]
 
 
-def in_order(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, each behind those of them that it waits for."""
-    known = {job.name: job for job in jobs}
-    order = graphlib.TopologicalSorter({job.name: [a for a in job.after if a in known] for job in jobs})
-    return [known[name] for name in order.static_order()]
+def in_order(after: Mapping[str, Sequence[str]]) -> list[str]:
+    """The names of jobs, each behind those of them that it waits for."""
+    order = graphlib.TopologicalSorter({name: [a for a in before if a in after] for name, before in after.items()})
+    return list(order.static_order())
 
 
 def say_progress(line: str) -> None:

@@ -36,15 +36,19 @@ class Queue:
 
     def __init__(self, registry: str) -> None:
         self.registry, self.tasks = Path(registry), dict[str, Any]()
-        self.add([name for name, run in self._runs().items() if _is_to_do(Path(run["work"]["log"]))])
+        self.add([name for name, run in self._runs().items() if _code(run) is None])
 
     def add(self, names: Sequence[str]) -> None:
-        """Queue these runs, each behind those it waits for."""
+        """Queue these runs, each behind those it waits for; not those that wait for one that has failed."""
         import ray
 
         task, runs = ray.remote(_run), self._runs()
-        for name in names:
+        failed = {name for name, run in runs.items() if _code(run) and name not in names}
+        for name in in_order({name: runs[name]["after"] for name in names}):
             run = runs[name]
+            if failed & set(run["after"]):
+                failed.add(name)
+                continue
             before = [self.tasks[start] for start in run["after"] if start in self.tasks]
             options = {"name": name, "retry_exceptions": [Stopped], **run["options"]}
             self.tasks[name] = task.options(**options).remote(run["work"], *before)
@@ -72,10 +76,11 @@ def _run(work: dict[str, Any], *after: None) -> None:
     Work(**work | {"log": Path(work["log"])})()
 
 
-def _is_to_do(log: Path) -> bool:
-    """Whether a run has not come to an end of its own."""
-    attempts = journal.attempts(log)
-    return not attempts or attempts[-1].code is None or attempts[-1].code < 0
+def _code(run: dict[str, Any]) -> int | None:
+    """The exit code of a run that has come to an end of its own; None of others."""
+    attempts = journal.attempts(Path(run["work"]["log"]))
+    code = attempts[-1].code if attempts else None
+    return code if code is None or code >= 0 else None
 
 
 class Ray:
@@ -98,7 +103,7 @@ class Ray:
             self._require_room()
         with alone(self.registry, wait=True):
             queued = self.queued()
-            new = [job for job in in_order(jobs) if job.name not in queued]
+            new = [job for job in jobs if job.name not in queued]
             for job in new:  # what became of it before is no more
                 journal.path_of(job.log).unlink(missing_ok=True)
             known = read_json(self.registry) if self.registry.exists() else {}
@@ -192,6 +197,8 @@ def _connect(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT).close()
         except (OSError, OverflowError) as error:
             raise ValueError(f"--on ray: {address} cannot be reached: {error}") from None
+    if ray.is_initialized():  # a caller in Python is in a cluster already
+        return
     try:
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, AssertionError) as error:

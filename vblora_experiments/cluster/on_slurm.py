@@ -128,9 +128,9 @@ class Slurm:
 def _groups(new: Mapping[str, Job], queued: Mapping[str, str]) -> dict[tuple[str, ...], list[Job]]:
     """The new jobs by what they wait for, of what is queued or new; each group behind those with its starts."""
     groups: dict[tuple[str, ...], list[Job]] = {}
-    for job in in_order(list(new.values())):
-        after = tuple(sorted(a for a in job.after if a in new or a in queued))
-        groups.setdefault(after, []).append(job)
+    for name in in_order({name: job.after for name, job in new.items()}):
+        after = tuple(sorted(a for a in new[name].after if a in new or a in queued))
+        groups.setdefault(after, []).append(new[name])
     return groups
 
 
