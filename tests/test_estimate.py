@@ -90,8 +90,8 @@ def test_what_is_held_between_steps_is_as_estimated(monkeypatch):
 def test_a_share_of_a_divided_model():
     model = llama()
     parts = estimate.memory(model, 1001, 10, 100, ROWS * LENGTH, True, 4)
-    linear = 2 * (4 * 128**2 + 3 * 128 * 344)
-    assert parts["gathered_bytes"] == 4 * (linear + 2 * 64 * 128 + 5 * 128)
+    block = 4 * 128**2 + 3 * 128 * 344
+    assert parts["gathered_bytes"] == 4 * (3 * block + 2 * 64 * 128 + 5 * 128)
     assert estimate.divided(parts, 1) == parts["memory_bytes"]
     assert estimate.divided(parts, 4) == parts["memory_bytes"] - 1001 + 251 + parts["gathered_bytes"]
     assert estimate.memory(model, 1001, 10, 100, ROWS * LENGTH, True, 4, bits=4)["gathered_bytes"] == 0

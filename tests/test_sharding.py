@@ -16,13 +16,18 @@ import torch.multiprocessing as multiprocessing
 from core_helpers import adapt, build, groups_for, make_batch, run
 from language_helpers import tiny_llama
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import vblora
 from vblora import sharding
 from vblora.switch import Adapted, FullFineTuning
+from vblora_experiments import estimate
+from vblora_experiments.memory import peak_bytes
 
 WORLD = 2
 STEPS = 6
+WIDE = vblora.VBLoRAConfig(r=4, num_vectors=64, vector_length=64, topk=2, target_modules="all-linear")
+WIDE_TOKENS = 16
 CASES = [("vblora", "fsdp2"), ("vblora", "ddp"), ("tied_lora", "fsdp2")]
 
 
@@ -68,6 +73,7 @@ def process(rank, place):
         state = (train_sharded if kind == "fsdp2" else train_parallel)(method, slice(2 * rank, 2 * rank + 2))
         torch.save(state, Path(place) / f"{method}_{kind}_{rank}.pt")
     (Path(place) / f"refused_{rank}.json").write_text(json.dumps({name: refused(name, rank) for name in REFUSED}))
+    (Path(place) / f"memory_{rank}.json").write_text(json.dumps(memory_of_a_step()))
     dist.barrier()
     os._exit(0)  # not by way of the interpreter's end, in which gloo's threads have been seen to wait for ever
 
@@ -91,6 +97,31 @@ def train_sharded(method, mine, **settings):
     shard(model, ignored_params=whole)
     assert isinstance(model.lm_head.weight, DTensor) and not any(isinstance(p, DTensor) for p in whole)
     return train(model, adapter, optimizer, mine, lambda now: last.__setitem__(0, now))
+
+
+def wide_llama():
+    """A model whose weights weigh more than what a short row leaves."""
+    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).train()
+
+
+def memory_of_a_step():
+    """Bytes of this process's share of the weights, and the most that a step takes beside what there is before it."""
+    model = wide_llama()
+    adapter = vblora.attach(model, WIDE, seed=0)
+    optimizer = vblora.AdamW(vblora.param_groups(model, lr=1e-3, lr_vector_bank=1e-3, lr_logits=1e-2))
+    sharding.average_gradients(adapter)
+    shard(model, ignored_params=set(adapter.parameters()))
+    rows = torch.randint(3, 64, (1, WIDE_TOKENS), generator=torch.Generator().manual_seed(0))
+
+    def step():
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    share = sum(p.to_local().nbytes for p in model.parameters() if hasattr(p, "to_local"))
+    return {"share": share, "peak": peak_bytes(step)}
 
 
 def train_parallel(method, mine):
@@ -155,6 +186,15 @@ def test_two_processes_train_what_one_does_with_all_rows(tmp_path):
     for rank in range(WORLD):
         said = json.loads((tmp_path / f"refused_{rank}.json").read_text())
         assert {name: text for name, text in said.items() if REFUSED[name][1] not in text} == {}
+
+    model = wide_llama()
+    base, count = sum(p.nbytes for p in model.parameters()), vblora.attach(model, WIDE, seed=0).layout.rows
+    composed = estimate.vblora_bytes(count, WIDE, 4)[1]
+    parts = estimate.memory(wide_llama(), base, 0, composed, WIDE_TOKENS, False, 4)
+    for rank in range(WORLD):
+        measured = json.loads((tmp_path / f"memory_{rank}.json").read_text())
+        assert measured["share"] == pytest.approx(base / WORLD, rel=0.01)
+        assert estimate.divided(parts, WORLD) == pytest.approx(measured["share"] + measured["peak"], rel=0.15)
 
 
 def flat(optimizer):

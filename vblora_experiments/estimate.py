@@ -77,10 +77,10 @@ def memory(
     linear = [m.weight.numel() for m in model.modules() if is_linear(m) and m is not head]
     working += max(linear, default=0) * size if bits < 16 else 0
     outputs = tokens * model.config.vocab_size * (8 + size + (4 if size < 4 else 0))
-    # Of a block divided by FSDP2 all weights are gathered, and those of the next one meanwhile; of what is in no block,
-    # embeddings and head, throughout.
+    # FSDP2 gathers all weights of a block, those of the next one meanwhile, and has a buffer for them; what is in no
+    # block, embeddings and head, it keeps throughout.
     blocks, rest = model.config.num_hidden_layers, sum(p.numel() for p in model.parameters()) - sum(linear)
-    gathered = (2 * sum(linear) // blocks + rest) * size if bits == 16 else 0
+    gathered = (3 * sum(linear) // blocks + rest) * size if bits == 16 else 0
     parts = {
         "base_bytes": base,
         "training_state_bytes": states,
