@@ -129,8 +129,10 @@ def test_grpo(tmp_path, capsys):
     small = ["--steps", "2", "--group", "2", "--held_out", "3"]
     grpo.main(["--model", str(model), *small, "--record", str(record)])
     found = read_json(record)
-    ours, of_lora = found["sync_bytes"]["VB-LoRA, packed"], found["sync_bytes"]["LoRA r 4"]
-    assert len(found["log"]) == 2 and ours < of_lora < found["sync_bytes"]["the merged model in bfloat16"]
+    ours, theirs = found["methods"]["VB-LoRA"], found["methods"]["LoRA r 4"]
+    assert len(ours["log"]) == len(theirs["log"]) == 2 and ours["before"] == theirs["before"]
+    sent = ours["sync_bytes"]
+    assert sent["packed"] < theirs["sync_bytes"]["the file"] < sent["the merged model in bfloat16"]
     assert "LoRA r 4" in capsys.readouterr().out
 
 
