@@ -149,6 +149,14 @@ def test_attention_alone_says_nothing_of_experts():
         adapt(mixtral(), kind="llama", target_modules=["q_proj"])
 
 
+def test_another_adapter_is_no_experts():
+    model = build("llama")
+    adapt(model, method="lora_xs", kind="llama", target_modules=["q_proj"])  # with one parameter of three dimensions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, kind="llama", target_modules="all-linear")
+
+
 def test_a_sentence_transformer_encodes_the_same_after_saving(tmp_path):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers import models as parts

@@ -94,8 +94,10 @@ def warn_of_experts(model: nn.Module, config: AdapterConfig, targets: Mapping[st
 
 
 def _is_of_experts(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether it is a stack of matrices: no convolution's kernels, and no token or positions that a model learns."""
-    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+    """Whether it is a stack of matrices: no convolution's kernels, no token or positions that a model learns, and
+    nothing of another adapter."""
+    others = (nn.Conv1d, nn.ConvTranspose1d, ForwardPath)
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, others)
 
 
 def device_of(module: nn.Module) -> torch.device:
