@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # One table of the paper: ./scripts/reproduce.sh table1 [--sizes base large] [--plan] ...; TABLE --help says more.
+# With --on slurm or --on ray the runs run on a cluster (docs/cluster.md).
 # table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's, table3 MT-Bench's, table4 mathematics', asr speech's.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
