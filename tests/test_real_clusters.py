@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from vblora.io import read_json
 from vblora_experiments import journal
 from vblora_experiments.cluster import follow, settings
 from vblora_experiments.schedule import Job
@@ -49,13 +48,15 @@ def wait_until(done) -> None:
 # ------------------------------------------------------------------------------------- campaigns
 
 
-def campaign(on: str, folder: Path) -> dict:
-    """The record of benchmarks/cluster_campaign.py."""
+@pytest.fixture(scope="session")
+def campaign(tmp_path_factory):
+    """Of benchmarks/cluster_campaign.py, done on this machine: a function that does it on a cluster."""
     spec = importlib.util.spec_from_file_location("cluster_campaign", FOLDER / "cluster_campaign.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main([on, "--records", str(folder)]) == 0
-    return read_json(folder / f"{on}.json")
+    made = module.Campaign(tmp_path_factory.mktemp("campaign"), epochs=15)
+    module.finish(made, "local", made.driver("local", "--jobs", "1"))
+    return lambda on: module.measure(made, on)
 
 
 def check(found: dict, losses: int) -> None:
@@ -68,14 +69,14 @@ def check(found: dict, losses: int) -> None:
 
 
 @needs_ray
-def test_on_ray_everything_is_lost_once_and_the_records_are_those_of_one_machine(tmp_path):
-    found = campaign("ray", tmp_path)
+def test_on_ray_everything_is_lost_once_and_the_records_are_those_of_one_machine(campaign):
+    found = campaign("ray")
     assert len(found["events"]) == 5
     check(found, losses=4)  # the driver's end is none for the runs
 
 
-def test_on_slurm_a_requeued_and_a_preempted_run_go_on(tmp_path, needs_slurm):
-    found = campaign("slurm", tmp_path)
+def test_on_slurm_a_requeued_and_a_preempted_run_go_on(needs_slurm, campaign):
+    found = campaign("slurm")
     assert len(found["events"]) == 3
     check(found, losses=2)
 
