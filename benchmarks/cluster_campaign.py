@@ -36,7 +36,7 @@ from kills import differing, result_of  # noqa: E402
 from small_slurm import slurm  # noqa: E402
 
 from vblora.io import read_json, write_json  # noqa: E402
-from vblora_experiments import commands, journal, records, runs  # noqa: E402
+from vblora_experiments import commands, journal, records, runs, schedule  # noqa: E402
 
 SECONDS = 900  # that an event may take to come, on a busy machine
 CAMPAIGN = ["table1", "--sizes", "base", "--tasks", "cola", "rte", "--methods", "vblora_qv", "--seeds", "0", "1"]
@@ -126,6 +126,7 @@ class Campaign:
         flags = ["--", *SMALL, "--num_train_epochs", str(self.epochs)]
         command = [sys.executable, str(ROOT / "NLU" / "reproduce.py"), *CAMPAIGN, *places, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = schedule.tied(command)  # it ends with this process, however that ends
         with (self.folder / f"{on}.out").open("ab") as out:
             return subprocess.Popen(command, stdout=out, stderr=out, env=environment)
 
