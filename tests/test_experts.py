@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import vblora
 from vblora import cli
+from vblora.files import packed
 from vblora.files.describe import describe
 from vblora.files.lora import write_lora
 from vblora.io import read_tensors
@@ -302,6 +304,19 @@ def test_copies_and_pickles_have_experts_of_their_own():
     assert torch.equal(logits(model), logits(build()))
 
 
+def test_threads_and_generation_give_what_one_pass_and_merged_weights_do():
+    model = build("qwen3_moe")
+    adapter = adapt(model)
+    expected = [logits(model) for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: logits(model), range(8)))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    tokens = model.generate(IDS, **settings)
+    adapter.merge()
+    assert torch.equal(model.generate(IDS, **settings), tokens)
+
+
 ONE, OTHER = torch.tensor([[0, 1], [0, 1], [1, 0]]), torch.tensor([[3, 2], [1, 0], [3, 1]])
 
 
@@ -470,6 +485,17 @@ def test_peft_and_a_store_say_that_they_take_no_experts(tmp_path):
     message = r"adapter 'one': it adapts experts \(target_parameters\), where the tokens"
     with pytest.raises(ValueError, match=message), store.rows(["one", None]):
         logits(model)
+
+
+def test_a_file_may_be_smaller_than_the_names_of_its_experts(tmp_path):
+    sizes = {**SIZES, "hidden_size": 8, "num_hidden_layers": 30, "moe_intermediate_size": 8, "intermediate_size": 8}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**sizes, num_experts=128))
+    settings = {"r": 1, "num_vectors": 64, "vector_length": 8, "topk": 1, "target_modules": ["q_proj"]}
+    adapter = vblora.attach(model, vblora.VBLoRAConfig(**settings, target_parameters=EXPERTS), seed=0)
+    size = adapter.pack(tmp_path / "packed", selection="seed")
+    assert 16 * size + 2**16 < sum(len(shape.name) for shape in adapter.shapes)
+    assert packed.read(tmp_path / "packed").shapes == adapter.shapes
 
 
 def test_the_plug_in_of_vllm_takes_gpt_oss_alone(tmp_path):

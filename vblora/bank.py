@@ -114,7 +114,8 @@ class Layout:
     @property
     def of_a(self) -> Tensor:
         """Which rows of the table are A's: booleans (N)."""
-        return torch.cat([torch.full((size,), index % 2 == 0, device="cpu") for index, size in enumerate(self.sizes)])
+        kinds = torch.tensor([True, False] * len(self.shapes), device="cpu")
+        return kinds.repeat_interleave(torch.tensor(self.sizes, device="cpu"))
 
     def tiles(self, features: int) -> int:
         """Sub-vectors in one row of a factor that is `features` wide."""

@@ -30,6 +30,7 @@ from vblora.io import replacing
 from vblora.shapes import LayerShape, check_rank
 
 VERSION = 1
+MOST_CHARACTERS = 2**22  # of all names, beside 16 for each byte of the file: a mixture of experts has many
 MOST_BYTES = 2**30  # of a file from anybody, beside what heads may take
 HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -287,7 +288,7 @@ def _read(
     json.dumps(header, ensure_ascii=False).encode()  # half a surrogate pair is no text: a UnicodeError, a ValueError
     _check_header(header)
     stored_bytes = sum(len(raw.data) for raw in raws.values())
-    shapes = expand(header["layers"], 8 * stored_bytes, 16 * size + 2**16)
+    shapes = expand(header["layers"], 8 * stored_bytes, 16 * size + MOST_CHARACTERS)
     config = _read_config(header, _names(shapes))
     check_rank(config.r, shapes)
     if fingerprint(shapes, {shape.name: outputs_of(shape, config) for shape in shapes}) != header["fingerprint"]:
