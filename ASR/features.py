@@ -21,6 +21,7 @@ from torch import Tensor
 import audio
 from speech_data import Clip
 from vblora.io import new_directory, read_json, write_json
+from vblora_experiments import bars
 
 FRAMES = 100  # a second
 POSITIONS = 50  # a second, after the encoder's second convolution
@@ -83,7 +84,8 @@ def features_of(
         print(f"features of {len(clips)} recordings: about {size / 1e6:.1f} MB in {folder}", flush=True)
         compute = log_mel(mels, window)
         with new_directory(folder) as new:
-            starts = _write(new / "values.f32", (_cut(compute(audio.read(c.path, c.where))) for c in clips))
+            read = (audio.read(clip.path, clip.where) for clip in bars.bar(clips, "features"))
+            starts = _write(new / "values.f32", (_cut(compute(samples)) for samples in read))
             write_json(new / "index.json", {"starts": starts})
     starts = read_json(folder / "index.json")["starts"]
     values = np.memmap(folder / "values.f32", np.float32, mode="r")
@@ -182,7 +184,7 @@ def encoded_of(features: Features, model: Any, model_print: str, cache: Path) ->
         encoder.eval()
         with new_directory(folder) as new:
             values = np.lib.format.open_memmap(new / "values.npy", "w+", stored, shape)
-            for start in range(0, shape[0], BATCH):
+            for start in bars.bar(range(0, shape[0], BATCH), "the encoder's outputs"):
                 batch = torch.stack([features.of(n) for n in range(start, min(start + BATCH, shape[0]))])
                 output = encoder(batch.to(encoder.device, encoder.dtype)).last_hidden_state
                 values[start : start + len(batch)] = output.to("cpu", torch.float32).numpy()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from speech_data import SPLITS, Set, fingerprint, load_split, sound_prints
 from train_speech import RUNS, ZERO_SHOT
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
-from vblora_experiments import commands, runs
+from vblora_experiments import bars, commands, runs
 from vblora_experiments.progress import Progress
 from vblora_experiments.text_files import parsed_json
 from whisper_models import Prompt, load_tokenizer, load_whisper, prompt_of
@@ -158,23 +157,20 @@ def decode(
     options: Options,
     done: Progress,
 ) -> None:
-    """Transcribe what is missing, longest recordings first, and say how far it is."""
+    """Transcribe what is missing, longest recordings first."""
     tokenizer, whisper, plan = load_tokenizer(tuned.base), whisper_of(model), tuned.plan
     assert plan is not None
     prompt = prompt_of(whisper, tokenizer, plan["language"], plan.get("language_token"))
     mels = whisper.config.num_mel_bins
     heard = features_of(part.clips, sounds, part.seconds, mels, plan["window"], options.cache_dir)
     order = sorted(missing, key=lambda number: -part.seconds[number])
-    began = time.monotonic()
-    for at in range(0, len(order), options.batch_size):
-        numbers = order[at : at + options.batch_size]
-        found = texts_of(whisper, tokenizer, batch_of(heard, numbers), prompt, options.decoding)
-        entries = [json.dumps({"text": text, "ended": ended}) for text, ended in found]
-        done.add(dict(zip(numbers, entries, strict=True)))
-        decoded = at + len(numbers)
-        left = (time.monotonic() - began) / decoded * (len(order) - decoded)
-        print(f"\r{decoded}/{len(order)} transcribed, {left / 60:.1f} min left ", end="", flush=True)
-    print()
+    with bars.counter(len(order), "transcribing") as count:
+        for at in range(0, len(order), options.batch_size):
+            numbers = order[at : at + options.batch_size]
+            found = texts_of(whisper, tokenizer, batch_of(heard, numbers), prompt, options.decoding)
+            entries = [json.dumps({"text": text, "ended": ended}) for text, ended in found]
+            done.add(dict(zip(numbers, entries, strict=True)))
+            count.update(len(numbers))
 
 
 def batch_of(heard: Features, numbers: list[int]) -> Tensor:

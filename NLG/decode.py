@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from e2e_data import SPLITS, Group, fingerprint, group, load_split
 from generation import Decoding, generate
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, load_tokenizer
-from vblora_experiments import commands, runs
+from vblora_experiments import bars, commands, runs
 from vblora_experiments.progress import Progress
 
 
@@ -130,18 +129,15 @@ def decode(
     decoding: Decoding,
     done: Progress,
 ) -> None:
-    """Decode what is missing, longest sources first, and say how far it is."""
+    """Decode what is missing, longest sources first."""
     encoded = prompts([g.source for g in groups], tokenizer)
     order = sorted(missing, key=lambda number: -len(encoded[number]))
-    began = time.monotonic()
-    for at in range(0, len(order), batch_size):
-        numbers = order[at : at + batch_size]
-        texts = generate(model, tokenizer, [encoded[number] for number in numbers], decoding)
-        done.add(dict(zip(numbers, texts, strict=True)))
-        decoded = at + len(numbers)
-        left = (time.monotonic() - began) / decoded * (len(order) - decoded)
-        print(f"\r{decoded}/{len(order)} decoded, {left / 60:.1f} min left ", end="", flush=True)
-    print()
+    with bars.counter(len(order), "decoding") as count:
+        for at in range(0, len(order), batch_size):
+            numbers = order[at : at + batch_size]
+            texts = generate(model, tokenizer, [encoded[number] for number in numbers], decoding)
+            done.add(dict(zip(numbers, texts, strict=True)))
+            count.update(len(numbers))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import quickstart
 import recipe_study
 from recipe_study import SENTENCES, Flags
 from vblora.io import read_json, write_json
-from vblora_experiments import commands, tables
+from vblora_experiments import bars, commands, tables
 from vblora_experiments.records import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,14 +142,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_all(options: argparse.Namespace) -> dict[Key, dict[str, Any]]:
     """Row by row the search, then the best rate on the seeds of the table."""
     found: dict[Key, dict[str, Any]] = {}
-    for name in options.rows:
-        for seed in options.search_seeds:
+    for name in bars.bar(options.rows, "rows"):
+        for seed in bars.bar(options.search_seeds, f"{name}, search"):
             for rate in ROWS[name].rates:
                 key = (options.epochs, name, rate, seed)
                 found[key] = run(key, options)
         best = best_rate(found, options.epochs, name, options.search_seeds)
         assert best is not None
-        for seed in options.seeds:
+        for seed in bars.bar(options.seeds, f"{name}, seeds"):
             key = (options.epochs, name, best, seed)
             found[key] = run(key, options)
     return found

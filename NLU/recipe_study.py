@@ -31,7 +31,7 @@ from vblora.bank import Layout
 from vblora.config import VBLoRAConfig
 from vblora.io import read_json, replacing
 from vblora.methods import VBLoRA
-from vblora_experiments import commands, records, tables
+from vblora_experiments import bars, commands, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipe"
@@ -108,7 +108,11 @@ def main(arguments: list[str]) -> None:
         for epochs in options.epochs
         for name in options.rows
     ]
-    found = {key: run(key, options) for key in runs} if options.records is None else kept(runs, options.records)
+    found = (
+        {key: run(key, options) for key in bars.bar(runs, "runs")}
+        if options.records is None
+        else kept(runs, options.records)
+    )
     there = {key: record for key, record in found.items() if record is not None}
     print(table(there, options.against))
     if options.picture is not None:
@@ -163,7 +167,7 @@ def train(values: Flags, collect: Path | None) -> dict[str, Any]:
         generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
     if values.get("start_from") == "by_kind":
         values = {**values, "start_from": by_kind(values, out.parent / f"by_kind_start_seed{values['seed']}")}
-    record = run_glue.run(run_glue.of({**values, "disable_tqdm": True}))
+    record = run_glue.run(run_glue.of(values))
     if collect is not None:
         with replacing(collect / f"{out.name}.json") as temporary:
             shutil.copyfile(out / records.RECORD_FILE, temporary)

@@ -108,7 +108,7 @@ class Glue(campaign.Campaign):
 
     def job(self, trial: Trial, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
         command = [sys.executable, str(self.script), "--row", trial.row, "--seed", str(trial.seed)]
-        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
+        command += ["--output_dir", str(options.runs / trial.name)]
         if options.glue_dir is not None:
             command += ["--data_dir", str(options.glue_dir / GLUE_TASKS[trial.task].folder)]
         if options.models_dir is not None and trial.model != "minilm":

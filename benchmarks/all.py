@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from vblora_experiments import commands
+from vblora_experiments import bars, commands
 
 FOLDER = Path(__file__).resolve().parent
 ONE_LAYER = "--layers 1 --width 64"
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     if options.records is not None and options.records.exists() and not options.records.is_dir():
         raise ValueError(f"--records {options.records} is no folder")
     failed = []
-    for name in options.only:
+    for name in bars.bar(options.only, "benchmarks"):
         small = SMALL[name] if options.small else ""
         if small is None:
             print(f"\n{name} is left out: it has no small setting", flush=True)

@@ -38,7 +38,7 @@ from vblora.files.content import Content
 from vblora.files.describe import describe, render
 from vblora.files.reading import read_bank
 from vblora.io import read_tensors, write_json
-from vblora_experiments import commands, records, selection_log, text_files
+from vblora_experiments import bars, commands, records, selection_log, text_files
 from vblora_experiments.progress import Progress
 from vblora_experiments.records import environment
 
@@ -356,7 +356,7 @@ def fuzz(cases: int, seed: int) -> dict[str, Any]:
             folder.mkdir(parents=True)
             KINDS[kind].make(folder)
             states[kind] = KINDS[kind].read(_copied(folder, Path(place)))
-        for number in range(cases):
+        for number in bars.bar(range(cases), "cases"):
             kind = list(KINDS)[number % len(KINDS)]
             rng = random.Random(f"{seed} {number}")
             folder = _copied(sound[kind], Path(place))

@@ -32,7 +32,7 @@ from glue_tasks import compute_metrics, get_task  # noqa: E402
 from vblora.files.convert import pack_directory  # noqa: E402
 from vblora.io import read_json, write_json  # noqa: E402
 from vblora.models import PLAN_FILE, RECORD_FILE  # noqa: E402
-from vblora_experiments import commands, records, runs  # noqa: E402
+from vblora_experiments import bars, commands, records, runs  # noqa: E402
 
 PACKED: dict[str, dict[str, Any]] = {
     "packed, lossless": {},
@@ -115,7 +115,7 @@ class Trial:
         torch.manual_seed(0)  # of dropout
         losses = []
         model.train()
-        for step in range(steps):
+        for step in bars.bar(range(steps), "training"):
             rows = [self.train[order[(step * BATCH + i) % len(order)]] for i in range(BATCH)]
             batch_loss = model(**self.collate(rows)).loss
             batch_loss.backward()

@@ -22,6 +22,7 @@ from torch import nn
 
 import vblora
 from vblora.files import packed
+from vblora_experiments import bars
 
 ALPHAS = (2.0, 64.0)
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as place:
         directory, file = Path(place) / "adapter", Path(place) / "adapter.vblora.safetensors"
         save(adapters[0], directory, file)
-        for _ in range(options.kills):
+        for _ in bars.bar(range(options.kills), "kills"):
             kill_one(adapters, directory, file, rng.uniform(0, 0.2))
             left = [name for name in os.listdir(directory) if name.startswith(".")]
             found = state(vblora.load(base(), directory))

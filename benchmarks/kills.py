@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), *(str(ROOT / folder) for folder in ("NLU", "NLG", "instruction_tuning"))]
 
 from vblora.io import read_json, read_tensors  # noqa: E402
-from vblora_experiments import commands  # noqa: E402
+from vblora_experiments import bars, commands  # noqa: E402
 
 # What two runs of one plan may differ in.
 MEASURED = {"train_seconds", "examples_per_second", "peak_memory_mib", "date", "device", "commit"}
@@ -60,7 +60,7 @@ def sweep(script: Callable[[list[str]], Any], command: list[str], folder: Path, 
     if code:
         raise ValueError("the uninterrupted run fails")
     expected, wrong = result_of(whole), []
-    for at in sorted({1 + number * events // kills for number in range(kills)}):
+    for at in bars.bar(sorted({1 + number * events // kills for number in range(kills)}), "kills"):
         out = folder / f"killed{at}"
         told = [*command, "--output_dir", str(out)]
         first, _ = forked(script, told, out, at)

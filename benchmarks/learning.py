@@ -40,7 +40,7 @@ from vblora.io import write_json  # noqa: E402
 from vblora.methods import VBLoRA  # noqa: E402
 from vblora.optim import AdamW  # noqa: E402
 from vblora.switch import Adapted  # noqa: E402
-from vblora_experiments import commands  # noqa: E402
+from vblora_experiments import bars, commands  # noqa: E402
 from vblora_experiments.records import environment  # noqa: E402
 
 ROWS = ("lora", "plain", "recipe")
@@ -79,7 +79,7 @@ def measure(name: str, data: Path, steps: int) -> list[dict[str, float]]:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / WARM_STEPS))
     kept = keep_sub_vectors(adapted.adapter) if isinstance(adapted.adapter, VBLoRA) else {}
     found = []
-    for step in range(1, steps + 1):
+    for step in bars.bar(range(1, steps + 1), name):
         at = 32 * (step - 1) % (len(rows) - 32)
         loss = model(**collate([rows[number] for number in order[at : at + 32]])).loss
         loss.backward()

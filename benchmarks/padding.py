@@ -34,7 +34,7 @@ from vblora.groups import param_groups  # noqa: E402
 from vblora.io import write_json  # noqa: E402
 from vblora.optim import AdamW  # noqa: E402
 from vblora.sampling import LengthGroupedSampler  # noqa: E402
-from vblora_experiments import commands  # noqa: E402
+from vblora_experiments import bars, commands  # noqa: E402
 from vblora_experiments.records import environment  # noqa: E402
 
 BATCH = 32
@@ -80,7 +80,7 @@ def measure(task: str, place: Path, rounds: int) -> dict[str, Any]:
     lengths = [len(ids) for ids in rows["input_ids"]]
     batches = {way: _batches(rows, lengths, tokenizer, way) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(rounds + 1):
+    for turn in bars.bar(range(rounds + 1), "rounds"):
         for way in WAYS:
             took = _step(model, optimizer, batches[way](turn), device)
             if turn:  # the first round is to warm up

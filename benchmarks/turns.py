@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vblora.io import write_json
+from vblora_experiments import bars
 from vblora_experiments.records import environment
 
 Seconds = dict[str, list[float]]  # of each way, round by round
@@ -41,7 +42,7 @@ def require_positive(options: argparse.Namespace, *flags: str) -> None:
 def take_turns(ways: Mapping[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> Seconds:
     """What each way returns, its seconds, in every round but the first `warm_up`."""
     seconds: Seconds = {name: [] for name in ways}
-    for turn in range(rounds + warm_up):
+    for turn in bars.bar(range(rounds + warm_up), "rounds"):
         for name, way in ways.items():
             taken = way()
             if turn >= warm_up:

@@ -32,7 +32,7 @@ from vblora import models
 from vblora.io import read_json, write_json
 from vblora.models import Tuned
 from vblora.sampling import spaced
-from vblora_experiments import commands, progress, runs
+from vblora_experiments import bars, commands, progress, runs
 from vblora_experiments.instruction_data import DATA_FORMATS, WITHOUT_INPUT
 
 TEMPLATES = ("auto", "chat", "alpaca")
@@ -177,7 +177,7 @@ def answer_all(
     done: dict[int, Answer],
 ) -> None:
     """Answer these questions with a run's settings, and keep each answer as it comes."""
-    for number, question in enumerate(questions, 1):
+    for number, question in enumerate(bars.bar(questions, "answering"), 1):
         began = time.monotonic()
         turns = answer(model, tokenizer, question, settings["template"], settings["max_new_tokens"], settings["seed"])
         row = Answer(question.question_id, uuid.uuid4().hex, model_id, turns, time.time())

@@ -33,7 +33,7 @@ from pathlib import Path
 from judge_endpoint import MAX_TOKENS, Endpoint, PromptRefused
 from mt_bench import UNRATED, Bench, Judgment, append_line, judgments_file, mend_end, read_judgments
 from mt_bench_tasks import Task, make_tasks, read_models, without_judgment
-from vblora_experiments import commands, progress
+from vblora_experiments import bars, commands, progress
 from vblora_experiments.thoughts import without_thoughts
 
 TYPICAL_TOKENS = 250  # of a judgment, about a thousand characters; for the estimate alone
@@ -217,7 +217,8 @@ def judge_all(
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, task) for task in tasks]
         try:
-            for number, future in enumerate(as_completed(futures), 1):
+            judged = bars.bar(as_completed(futures), "judging", total=len(futures))
+            for number, future in enumerate(judged, 1):
                 task, score, why = future.result()
                 print(f"{number}/{len(tasks)}: {task.place}: {score}", flush=True)
                 if why:

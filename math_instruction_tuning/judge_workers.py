@@ -52,10 +52,14 @@ def judge(pairs: Sequence[Pair], workers: int = 1, time_limit: float = TIME_LIMI
     Raises:
         ValueError: not at least 1 worker, a time limit not above 0, or workers that do not start.
     """
+    from vblora_experiments import bars  # a worker has no use for it
+
     if workers < 1 or not time_limit > 0:
         raise ValueError(f"judging needs at least 1 worker and a time limit above 0, not {workers} and {time_limit}")
     verdicts = [Verdict(False)] * len(pairs)
     waiting = deque(enumerate(pairs))
+
+    count, moving = bars.counter(len(pairs), "scoring"), threading.Lock()
 
     def work() -> None:
         worker = _Worker()
@@ -66,6 +70,8 @@ def judge(pairs: Sequence[Pair], workers: int = 1, time_limit: float = TIME_LIMI
                 except IndexError:  # another thread took the last one
                     return
                 verdicts[place] = worker.judge(pair, time_limit)
+                with moving:
+                    count.update()
         finally:
             worker.end()
 
@@ -76,6 +82,7 @@ def judge(pairs: Sequence[Pair], workers: int = 1, time_limit: float = TIME_LIMI
                 each.result()
         finally:
             waiting.clear()  # after an error or Ctrl-C, the other threads end with their present pair
+    count.close()
     return verdicts
 
 

@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from vblora.files.directory import CONFIG_FILE
 from vblora.io import read_json, replacing, write_json
 from vblora.models import Tuned, write_exported, write_merged
 from vblora.sampling import spaced
-from vblora_experiments import commands, runs
+from vblora_experiments import bars, commands, runs
 from vblora_experiments.instruction_data import WITHOUT_INPUT
 from vblora_experiments.progress import Progress
 
@@ -234,7 +233,7 @@ class VllmEngine:
 
 
 def answer(engine: Engine, problems: Sequence[Problem], done: Progress) -> None:
-    """Answer the problems, longest first, and say how far it is."""
+    """Answer the problems, longest first."""
     tokenizer = engine.tokenizer
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     texts = [PROMPT.format(instruction=problem.question) for problem in problems]
@@ -243,15 +242,12 @@ def answer(engine: Engine, problems: Sequence[Problem], done: Progress) -> None:
         for problem, ids in zip(problems, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True)
     }
     order = sorted(encoded, key=lambda number: -len(encoded[number]))
-    began = time.monotonic()
-    for at in range(0, len(order), engine.batch_size):
-        numbers = order[at : at + engine.batch_size]
-        written = engine.texts([encoded[number] for number in numbers])
-        done.add({number: cut(text) for number, text in zip(numbers, written, strict=True)})
-        count = at + len(numbers)
-        left = (time.monotonic() - began) / count * (len(order) - count)
-        print(f"\r{count}/{len(order)} answered, {left / 60:.1f} min left ", end="", flush=True)
-    print()
+    with bars.counter(len(order), "answering") as count:
+        for at in range(0, len(order), engine.batch_size):
+            numbers = order[at : at + engine.batch_size]
+            written = engine.texts([encoded[number] for number in numbers])
+            done.add({number: cut(text) for number, text in zip(numbers, written, strict=True)})
+            count.update(len(numbers))
 
 
 def cut(text: str) -> str:

@@ -1,7 +1,8 @@
 """Progress bars of long commands: tqdm's, on the standard error stream, where that is a terminal.
 
-TQDM_DISABLE=1 in the environment takes them away, TQDM_DISABLE=0 shows them in a log too. They follow the same switch
-as those of transformers, datasets and the hub.
+TQDM_DISABLE in the environment is tqdm's own switch, for transformers' bars too: with any text (1, and 0 as well) it
+takes them away, and set to nothing (TQDM_DISABLE=) it shows them in a log too. A script's `--disable_tqdm true` takes
+them away in its run.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 SWITCH = "TQDM_DISABLE"
+_of_run: list[bool] = []  # what --disable_tqdm says of the run that this process is at
+
+
+def follow(hidden: bool) -> None:
+    """From now on there are bars, or none, whatever the output is."""
+    _of_run[:] = [hidden]
 
 
 def are_hidden() -> bool:
     """Whether there are to be no bars."""
-    switch = os.environ.get(SWITCH, "")
-    return switch.lower() not in ("0", "false") if switch else not sys.stderr.isatty()
+    if _of_run:
+        return _of_run[0]
+    switch = os.environ.get(SWITCH)
+    return not sys.stderr.isatty() if switch is None else bool(switch)
 
 
 def bar(items: Iterable[Item], what: str, **more: Any) -> tqdm[Item]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from vblora.io import replacing, write_json
 from vblora.models import RECORD_FILE
-from vblora_experiments import records, schedule, tables
+from vblora_experiments import board, records, schedule, tables
 from vblora_experiments.arguments import split
 from vblora_experiments.cluster import follow, settings, shared_locks, watch
 from vblora_experiments.rows import Rows, check_names
@@ -217,7 +217,7 @@ class RowCampaign(Campaign):
 
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
         command = [sys.executable, str(self.script), "--row", trial.row, "--seed", str(trial.seed)]
-        command += ["--output_dir", str(options.runs / trial.name), "--disable_tqdm", "true"]
+        command += ["--output_dir", str(options.runs / trial.name)]
         for flag in self.passed_on:
             command += [f"--{flag}", str(getattr(options, flag))] if getattr(options, flag) else []
         command += ["--model_name_or_path", str(self.model_folder(trial, options))] if options.models_dir else []
@@ -363,7 +363,8 @@ def run_missing(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
     if cluster is None:
-        failed = schedule.run_all(jobs, slots)
+        with board.Board(len(jobs)) as shown:
+            failed = schedule.run_all(jobs, [{**slot, **shown.environment} for slot in slots], shown.say, shown.look)
     else:
         if fault := shared_locks.fault(options.runs):
             schedule.say_progress(fault)

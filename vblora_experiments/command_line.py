@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from vblora_experiments import commands, runs
+from vblora_experiments import bars, commands, runs
 from vblora_experiments.arguments import MethodArguments, split
 from vblora_experiments.config_files import read_config
 from vblora_experiments.secrets import is_secret
@@ -73,7 +73,9 @@ class Settings:
 
     def show(self) -> bool:
         """Print the settings, by the first process of a run; whether that was all there is to do (--plan)."""
-        if self.of(TrainingArguments).process_index == 0:
+        training = self.of(TrainingArguments)
+        bars.follow(bool(training.disable_tqdm) or training.process_index != 0)
+        if training.process_index == 0:
             print(self.describe(), flush=True)
         return self.of(StartArguments).plan
 
@@ -169,6 +171,8 @@ class Script:
         namespace = parser.parse_args(arguments)
         sources |= dict.fromkeys(given, FLAG)
         changes = self.adjust(namespace, {*row, *config, *told, *given})
+        if sources.get("disable_tqdm") is None:
+            changes["disable_tqdm"] = (bars.are_hidden(), DEFAULT)
         if namespace.plan:  # of what may run elsewhere
             changes["use_cpu"] = (True, PLANNED)
         elif namespace.bf16 and sources.get("use_cpu") is None and not _has_accelerator():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import graphlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from vblora_experiments import journal
 
 POLL = 0.1  # seconds between two looks at the running processes: a run's end is seen so much later at most
+BAR = re.compile(r"(?:(?P<what>[^|%]*): +)?\d+%\|[^|]*\| *(?P<done>\d+)/(?P<total>\d+) \[")  # as tqdm writes one
+UP = "\x1b[A"  # what follows the bars that stand below others
 FULL = 2**16  # bytes: with fewer free a disk counts as full
 
 
@@ -71,12 +74,21 @@ def say_progress(line: str) -> None:
 
 
 def run_all(
-    jobs: Sequence[Job], places: Sequence[dict[str, str]], say: Callable[[str], None] = say_progress
+    jobs: Sequence[Job],
+    places: Sequence[dict[str, str]],
+    say: Callable[[str], None] = say_progress,
+    look: Callable[[Mapping[int, Job], int], None] = lambda running, ended: None,
 ) -> list[str]:
     """Run all jobs, each as soon as a place is free and what it waits for has ended well.
 
     The output of a job goes to its log; its last line is said when it ends. A job that fails does not stop the others,
     but those that wait for it are left out. An interruption stops all.
+
+    Args:
+        jobs: to run.
+        places: the environment of each process that may run at a time.
+        say: is told what starts and ends, in lines.
+        look: is shown again and again the running jobs by their places, and how many have ended.
 
     Returns:
         The names of the jobs that failed or were left out.
@@ -97,6 +109,7 @@ def run_all(
                 running[place] = (job, _start(job, places[place]), time.monotonic())
                 say(f"{job.name}: started ({len(waiting)} waiting)")
             time.sleep(POLL)
+            look({place: job for place, (job, _, _) in running.items()}, len(ended))
             for place, (job, process, began) in list(running.items()):
                 code = process.poll()
                 if code is None:
@@ -145,8 +158,9 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def last_line(log: Path) -> str:
-    """Of what a job has printed; on a full disk that may be nothing."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+    """Of what a job has printed, bars aside; on a full disk that may be nothing."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.replace(UP, "").strip() and not BAR.search(line)]
     if lines:
         return lines[-1]
     full = log.parent.exists() and shutil.disk_usage(log.parent).free < FULL
