@@ -1,4 +1,4 @@
-"""gpu.py with its stages forked from this process, whose imports each of them would do again: run by test_gpu.py.
+"""gpu.py with its stages, and their runs, forked from this process, whose imports each would do again: for test_gpu.py.
 
 What a stage runs is the same script with the same arguments, environment and output.
 """
@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import sys
+import types
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -21,13 +22,16 @@ import torch
 import transformers
 import turns  # noqa: F401
 
-from vblora_experiments import commands
+from vblora_experiments import commands, schedule
 
 
 class Forked:
-    """What gpu.py uses of a subprocess.Popen."""
+    """What gpu.py and the campaigns use of a subprocess.Popen."""
 
-    def __init__(self, command, cwd, stdout, stderr, env):
+    def __class_getitem__(cls, kind):
+        return cls
+
+    def __init__(self, command, stdout, stderr, env, cwd=".", start_new_session=False):
         self.returncode = None
         sys.stdout.flush()
         self.pid = os.fork()
@@ -66,4 +70,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert transformers.AutoModelForCausalLM and transformers.Trainer and transformers.LlamaForCausalLM
     gpu.Popen = Forked
+    schedule.subprocess = types.SimpleNamespace(Popen=Forked, STDOUT=gpu.STDOUT)
+    schedule.tied = list  # the command as it is: Forked starts no other program
     commands.run(gpu.main, "gpu")

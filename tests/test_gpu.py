@@ -30,7 +30,9 @@ fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="stages are processes 
 @fork
 def test_the_rehearsal_runs_each_kind_of_stage_once(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    flags = ["--rehearse", "--runs", str(tmp_path / "runs"), "--records", str(tmp_path / "records"), "--at_once", "2"]
+    # What gpu.py sets for each stage is read when the hub's package is imported, which is before a fork.
+    environment["HF_HUB_CACHE"] = str(tmp_path / "runs" / "rehearsal" / "kit" / "hub")
+    flags = ["--rehearse", "--runs", str(tmp_path / "runs"), "--records", str(tmp_path / "records"), "--minutes", "60"]
     command = [sys.executable, str(ROOT / "tests" / "rehearse_gpu.py"), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     logs = "\n".join(path.read_text()[-1500:] for path in (tmp_path / "runs" / "rehearsal").glob("*.log"))
@@ -205,6 +207,14 @@ def test_wrong_use_is_named(flags, said, tmp_path, monkeypatch):
 def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(ValueError, match="PyTorch finds no GPU here; --rehearse runs the same on the CPU"):
         gpu.main([])
+
+
+def test_stages_find_models_and_packages_in_the_kit(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_kit, "install", lambda kit, site: site)
+    call = gpu.begin(gpu.parse(["--rehearse", "--runs", str(tmp_path / "runs")]))
+    assert call.environment["HF_HUB_CACHE"] == str(call.kit / "hub") and call.environment["HF_HUB_OFFLINE"] == "1"
+    assert call.environment["PYTHONPATH"].startswith(str(tmp_path / "runs" / "rehearsal" / "site") + os.pathsep)
+    assert call.environment["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_stages_whose_data_are_missing_are_left_out(stages, monkeypatch, capsys):
