@@ -19,18 +19,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import generate_cola
 import paired
 import quickstart
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
-from vblora.bank import Layout
-from vblora.config import VBLoRAConfig
 from vblora.io import read_json, replacing
-from vblora.methods import VBLoRA
 from vblora_experiments import bars, commands, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,16 +56,12 @@ ROWS: dict[str, Flags] = {
     "recipe_k3": {**RECIPE, "topk": 3},
     "recipe_undivided": {**RECIPE, "init_vectors_of_a": 0},
     "recipe_undivided_k2": {**RECIPE, "init_vectors_of_a": 0, "topk": 2},
-    # No vector serves two kinds of layers: `by_kind`.
-    "recipe_by_kind": {**RECIPE, "start_from": "by_kind"},
+    "recipe_by_kind": {**RECIPE, "init_by_kind": True},
     "recipe_rate_2e-3": {**RECIPE, "learning_rate_vector_bank": 2e-3},
     "recipe_rate_5e-3": {**RECIPE, "learning_rate_vector_bank": 5e-3},
     "recipe_small_rate_1e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 1e-3},
     "recipe_small_rate_2e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 2e-3},
     "recipe_small_rate_5e-3": {**RECIPE, "recipe_bytes": 58_980, "learning_rate_vector_bank": 5e-3},
-    "recipe_small_k2": {**RECIPE, "recipe_bytes": 58_980, "topk": 2},
-    "recipe_small_k2_rate_2e-3": {**RECIPE, "recipe_bytes": 58_980, "topk": 2, "learning_rate_vector_bank": 2e-3},
-    "recipe_rate_8e-3": {**RECIPE, "learning_rate_vector_bank": 8e-3},
 }
 DEFAULT_ROWS = ("lora", "plain", "recipe")
 
@@ -165,53 +155,11 @@ def train(values: Flags, collect: Path | None) -> dict[str, Any]:
     data, out = Path(values["data_dir"]), Path(values["output_dir"])
     if data.name == SENTENCES and not (data / "train.tsv").exists():
         generate_cola.write(data, train=2000, dev=500, seed=0, phenomena=quickstart.PHENOMENA)
-    if values.get("start_from") == "by_kind":
-        values = {**values, "start_from": by_kind(values, out.parent / f"by_kind_start_seed{values['seed']}")}
     record = run_glue.run(run_glue.of(values))
     if collect is not None:
         with replacing(collect / f"{out.name}.json") as temporary:
             shutil.copyfile(out / records.RECORD_FILE, temporary)
     return record
-
-
-def by_kind(values: Flags, folder: Path) -> Path:
-    """A start for a run in this folder: each kind of layer (query, key, ...) selects from vectors of its own.
-
-    As many vectors as its share of the sub-vectors, so that a vector serves as many as it does when all kinds share.
-    """
-    from transformers import set_seed
-
-    import run_glue
-
-    if (folder / "adapter_config.json").exists():
-        return folder
-    start = {**values, "start_from": None, "output_dir": folder}
-    glue, method, _ = run_glue.parts(run_glue.of({flag: one for flag, one in start.items() if one is not None}))
-    set_seed(values["seed"])
-    adapter = run_glue.build(glue, method, TASKS[glue.task])[0].adapter
-    assert isinstance(adapter, VBLoRA)
-    kinds = [name.split(".layer.")[1].split(".", 1)[1] for name in adapter.targets]
-    adapter.select(selection_by(kinds, adapter.layout, adapter.config, values["seed"]))
-    adapter.save(str(folder), form="full")
-    return folder
-
-
-def selection_by(kinds: Sequence[str], layout: Layout, config: VBLoRAConfig, seed: int) -> Tensor:
-    """Logits (N, h): 1 at one vector of its own kind's for each sub-vector, drawn; 0 elsewhere."""
-    parts = [(kind, side) for kind in kinds for side in "AB"]  # as layout.sizes
-    of = [part for part, size in zip(parts, layout.sizes, strict=True) for _ in range(size)]  # (N)
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.zeros(len(of), config.num_vectors)
-    for side, first, last in (("A", 0, config.init_vectors_of_a), ("B", config.init_vectors_of_a, config.num_vectors)):
-        counts = {kind: of.count((kind, side)) for kind in dict.fromkeys(kinds)}
-        total, before = sum(counts.values()), 0
-        for kind, count in counts.items():
-            low = first + round((last - first) * before / total)
-            before += count
-            high = first + round((last - first) * before / total)
-            rows = [at for at, part in enumerate(of) if part == (kind, side)]
-            logits[rows, torch.randint(low, high, (count,), generator=generator)] = 1.0
-    return logits
 
 
 def kept(runs: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, Any] | None]:

@@ -12,6 +12,7 @@ that is named, before it is made:
                 shares nothing
     along       how far a step goes along a sub-vector's own gradient: the cosine between the signs of its gradient and
                 those of what its vectors move by. 1 for LoRA, where every number has a sign of its own
+    least       the same, of the kind of layer (query, key, ...) and the factor for which it is least
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import recipe_study  # noqa: E402
 import run_glue  # noqa: E402
 from glue_data import load_task, tokenize  # noqa: E402
 from glue_tasks import get_task  # noqa: E402
+from vblora.bank import Layout  # noqa: E402
 from vblora.groups import param_groups  # noqa: E402
 from vblora.io import write_json  # noqa: E402
 from vblora.methods import VBLoRA  # noqa: E402
@@ -43,7 +45,7 @@ from vblora.switch import Adapted  # noqa: E402
 from vblora_experiments import bars, commands  # noqa: E402
 from vblora_experiments.records import environment  # noqa: E402
 
-ROWS = ("lora", "plain", "recipe")
+ROWS = ("lora", "plain", "recipe", "recipe_by_kind")
 SHOWN = (1, 5, 10, 20, 40, 80, 160)
 WARM_STEPS = 12  # 6% of the quick start's first three epochs
 
@@ -121,11 +123,12 @@ def look(adapted: Adapted, kept: dict[str, Tensor]) -> dict[str, float]:
         "grad B": norm([p.grad for p in b]),
         "pull": 1.0,
         "along": 1.0,
+        "least": 1.0,
     }
 
 
 def look_at_bank(adapter: VBLoRA, model: torch.nn.Module, table: Tensor) -> dict[str, float]:
-    gradient, of_a = table.grad, adapter.layout.of_a
+    gradient, of_a = table.grad, adapter.layout.parts % 2 == 0
     assert gradient is not None
     modules = dict(model.named_modules())
     factors = zip(adapter.layout.factors(table), adapter.targets, strict=True)
@@ -135,13 +138,21 @@ def look_at_bank(adapter: VBLoRA, model: torch.nn.Module, table: Tensor) -> dict
     squares = total.new_zeros(len(total)).index_add_(0, indices.flatten(), parts.square().sum(-1).flatten())
     moved = (weights.unsqueeze(-1) * total.sign()[indices]).sum(1)  # (N, b): of sub-vectors, as the bank's signs move
     learns = gradient.abs().sum(-1) > 0
+    along = cosine_similarity(moved, gradient.sign(), dim=-1)  # (N)
+    of_kind = [along[kind & learns] for kind in kinds_of(adapter.layout)]
     return {
         "update": mean([float((b.T @ a).norm() / modules[name].weight.norm()) for (a, b), name in factors]),
         "grad A": float(gradient[of_a].norm()),
         "grad B": float(gradient[~of_a].norm()),
         "pull": float((total.square().sum(-1) / squares)[squares > 0].mean()),
-        "along": float(cosine_similarity(moved, gradient.sign(), dim=-1)[learns].mean()),
+        "along": float(along[learns].mean()),
+        "least": min(float(values.mean()) for values in of_kind if len(values)),
     }
+
+
+def kinds_of(layout: Layout) -> list[Tensor]:
+    """The rows of the table (N) that each factor of each kind of layer has."""
+    return [layout.parts == number for number in layout.parts.unique()]
 
 
 def norm(gradients: list[Tensor]) -> float:
@@ -153,7 +164,7 @@ def mean(values: list[float]) -> float:
 
 
 def render(measured: dict[str, list[dict[str, float]]]) -> list[str]:
-    columns = ("loss", "update", "grad A", "grad B", "pull", "along")
+    columns = ("loss", "update", "grad A", "grad B", "pull", "along", "least")
     lines = ["| method | step | " + " | ".join(columns) + " |", "|---|" + "---:|" * (1 + len(columns))]
     for name, found in measured.items():
         lines += [f"| {name} | {one['step']} | " + " | ".join(f"{one[c]:.3g}" for c in columns) + " |" for one in found]

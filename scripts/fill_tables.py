@@ -25,6 +25,7 @@ SCRIPTS = {
     "asr": "ASR/reproduce_asr.py",
     "recipe": "NLU/recipe_study.py",
     "field": "NLU/field_study.py",
+    "many": "NLU/many_tasks.py",
     "table2": "NLG/reproduce_e2e.py",
     "table3": "instruction_tuning/reproduce_instruct.py",
     "table4": "math_instruction_tuning/reproduce_math.py",

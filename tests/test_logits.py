@@ -28,8 +28,8 @@ def config(**settings):
 
 
 def half(rows):
-    """Which of so many rows are A's: the first half."""
-    return torch.arange(rows) < rows // 2
+    """The parts of so many rows: A's (0) are the first half."""
+    return (torch.arange(rows) >= rows // 2).long()
 
 
 def table_of(rows=50, seed=5, **settings):

@@ -622,7 +622,7 @@ def trained(topk, logits_rate, **settings):
     return adapter, model
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_vectors_of_a": 10, "init_logits_std": 3.0}])
+@pytest.mark.parametrize("settings", [{}, {"init_vectors_of_a": 10, "init_logits_std": 3.0, "init_by_kind": True}])
 @pytest.mark.parametrize("topk", [1, 2])
 def test_a_selection_that_never_moved_takes_no_bytes(topk, settings, tmp_path):
     adapter, model = trained(topk, 0.0, **settings)
@@ -664,7 +664,7 @@ def test_another_draw_is_refused(tmp_path, monkeypatch):
         packed.read(tmp_path / FILE)
     monkeypatch.undo()
     draw = packed.drawn.draw
-    monkeypatch.setattr(packed.drawn, "draw", lambda config, of_a, seed: draw(config, of_a, seed + 1))
+    monkeypatch.setattr(packed.drawn, "draw", lambda config, parts, seed: draw(config, parts, seed + 1))
     with pytest.raises(ValueError, match="this processor draws another one than the file's"):
         vblora.load(build("stack"), tmp_path / FILE)
 

@@ -12,7 +12,7 @@ from core_helpers import build, make_batch, run
 import vblora
 from vblora.files.directory import read_config
 from vblora.logits import draw
-from vblora.shapes import count_vblora
+from vblora.shapes import count_vblora, shares
 from vblora.switch import RECIPE, own_config
 from vblora.targets import find_targets, layer_shapes
 from vblora_experiments.arguments import MethodArguments, given
@@ -30,7 +30,7 @@ def attached(seed=3, **changes):
 def test_a_divided_start_selects_each_sides_own_vectors_and_changes_nothing(topk):
     before = run(build("stack"), make_batch("stack"))
     model, adapter = attached(topk=topk)
-    of_a = adapter.layout.of_a
+    of_a = adapter.layout.parts % 2 == 0
     assert of_a.tolist() == ([True] * 8 + [False] * 16 + [True] * 16 + [False] * 8) * 2  # r 2, tiles 4 and 8
     assert (adapter.topk_indices[of_a] < 5).all() and (adapter.topk_indices[~of_a] >= 5).all()
     assert adapter.vector_bank[:5].abs().min() > 0 and not adapter.vector_bank[5:].any()
@@ -46,18 +46,47 @@ def test_b_learns_first_as_in_lora():
 
 def test_a_row_comes_to_no_vector_of_the_other_side_before_all_of_its_own():
     _, adapter = attached()
-    logits, of_a = adapter.dense_logits(), adapter.layout.of_a
+    logits, of_a = adapter.dense_logits(), adapter.layout.parts % 2 == 0
     assert (logits[of_a, :5] > 0).all() and (logits[of_a, 5:] < 0).all()
     assert (logits[~of_a, :5] < 0).all() and (logits[~of_a, 5:] > 0).all()
 
 
 def test_an_undivided_start_is_what_it_was():
     config = vblora.VBLoRAConfig(num_vectors=6, vector_length=4, target_modules=TARGETS)
-    bank, blocks = draw(config, torch.arange(10) < 5, 7)
+    bank, blocks = draw(config, (torch.arange(10) >= 5).long(), 7)
     generator = torch.Generator().manual_seed(7)
     assert torch.equal(bank, torch.empty(6, 4).uniform_(-0.02, 0.02, generator=generator))
     assert torch.equal(torch.cat(list(blocks)), torch.randn(10, 6, generator=generator) * 0.1)
-    assert "init_vectors_of_a" not in config.to_dict()
+    assert not {"init_vectors_of_a", "init_by_kind"} & config.to_dict().keys()
+
+
+@pytest.mark.parametrize("of_a", [0, 5])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_by_kind_each_kind_of_layer_starts_on_its_share_of_the_vectors(of_a, topk):
+    """Tiles of "up" 4 and 8, of "down" 8 and 4: of 5 vectors of A 2 and 3, of 7 of B 5 and 2; of all 12 6 and 6."""
+    _, adapter = attached(init_vectors_of_a=of_a, init_by_kind=True, topk=topk)
+    ends = {0: [(0, 6), (0, 6), (6, 12), (6, 12)], 5: [(0, 2), (5, 10), (2, 5), (10, 12)]}[of_a]
+    logits, factors = adapter.dense_logits(), adapter.layout.sizes
+    for part, (first, last) in zip(logits.split(factors), 2 * ends, strict=True):  # two blocks
+        own = torch.zeros(12, dtype=torch.bool)
+        own[first:last] = True
+        assert (part[:, own] > 0).all() and (part[:, ~own] < 0).all()
+
+
+def test_too_few_vectors_for_the_kinds_of_layers_are_refused():
+    with pytest.raises(ValueError, match="init_by_kind deals 2 vectors out to 2 kinds of layers, and one would have 1"):
+        attached(init_vectors_of_a=2, init_by_kind=True, topk=2)
+    with pytest.raises(ValueError, match="init_by_kind must be True or False, not 1"):
+        vblora.VBLoRAConfig(target_modules=TARGETS, init_by_kind=1)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights"), [(5, [4, 8]), (7, [8, 4]), (10, [1, 1, 1]), (3, [1, 5, 1, 5]), (0, [1, 2])]
+)
+def test_shares_add_up_and_are_within_one_of_the_proportion(total, weights):
+    dealt = shares(total, weights)
+    assert sum(dealt) == total
+    assert all(abs(one - total * weight / sum(weights)) <= 1 for one, weight in zip(dealt, weights, strict=True))
 
 
 @pytest.mark.parametrize("wrong", [-1, 1, 11, 12, 2.0, True])
@@ -69,7 +98,7 @@ def test_a_division_that_leaves_a_side_without_a_selection_is_refused(wrong):
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("place", ["peft", "native", "packed"])
 def test_the_start_is_kept_and_unselected_logits_are_drawn_as_then(place, topk, tmp_path):
-    _, adapter = attached(topk=topk)
+    _, adapter = attached(topk=topk, init_by_kind=True)
     drawn = adapter.dense_logits()
     path = tmp_path / "adapter"
     if place == "packed":
@@ -77,7 +106,8 @@ def test_the_start_is_kept_and_unselected_logits_are_drawn_as_then(place, topk, 
         adapter.pack(path)
     else:
         adapter.save(path, format=place)
-        assert read_config(path)[0].init_vectors_of_a == 5
+        config = read_config(path)[0]
+        assert config.init_vectors_of_a == 5 and config.init_by_kind
     again = vblora.load(build("stack"), path, trainable=True)
     assert again.config == adapter.config
     assert torch.equal(again.topk_indices, adapter.topk_indices)
@@ -87,7 +117,7 @@ def test_the_start_is_kept_and_unselected_logits_are_drawn_as_then(place, topk, 
 
 @pytest.mark.parametrize("topk", [1, 2])
 def test_peft_reads_a_divided_adapter(topk, tmp_path):
-    model, adapter = attached(topk=topk)
+    model, adapter = attached(topk=topk, init_by_kind=True)
     with torch.no_grad():
         adapter.vector_bank.add_(0.3)
     expected = run(model, make_batch("stack"))
@@ -96,14 +126,15 @@ def test_peft_reads_a_divided_adapter(topk, tmp_path):
     assert torch.allclose(run(theirs, make_batch("stack")), expected, atol=1e-5)
 
 
-def test_a_damaged_start_is_named(tmp_path):
+@pytest.mark.parametrize(("key", "text"), [("init_vectors_of_a", "five"), ("init_by_kind", "2")])
+def test_a_damaged_start_is_named(key, text, tmp_path):
     from vblora.io import read_tensors, write_tensors
 
     _, adapter = attached()
     adapter.save(tmp_path)
     tensors, _ = read_tensors(tmp_path / "adapter_model.safetensors")
-    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {"init_vectors_of_a": "five"})
-    with pytest.raises(ValueError, match="init_vectors_of_a in the metadata must be a whole number, not 'five'"):
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors, {key: text})
+    with pytest.raises(ValueError, match=f"{key} in the metadata must be a whole number, not '{text}'"):
         vblora.load(build("stack"), tmp_path)
 
 

@@ -81,6 +81,6 @@ def _match(one: LogitTable, other: LogitTable) -> bool:
 
 def _whole(table: LogitTable) -> LogitTable:
     """The same logits with a slot for each entry, in order."""
-    whole = LogitTable(table.config, table.of_a).to(table.values)
+    whole = LogitTable(table.config, table.parts).to(table.values)
     whole.take_over(table.dense(), table.indices.gather(1, table.slots), None)
     return whole

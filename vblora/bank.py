@@ -112,10 +112,11 @@ class Layout:
         return sum(self.sizes)
 
     @property
-    def of_a(self) -> Tensor:
-        """Which rows of the table are A's: booleans (N)."""
-        kinds = torch.tensor([True, False] * len(self.shapes), device="cpu")
-        return kinds.repeat_interleave(torch.tensor(self.sizes, device="cpu"))
+    def parts(self) -> Tensor:
+        """For each row of the table 2 j, of A, or 2 j + 1, of B, where j numbers the kinds of layers: (N)."""
+        kinds: dict[str, int] = {}
+        numbers = [kinds.setdefault(shape.kind, 2 * len(kinds)) + side for shape in self.shapes for side in (0, 1)]
+        return torch.tensor(numbers, device="cpu").repeat_interleave(torch.tensor(self.sizes, device="cpu"))
 
     def tiles(self, features: int) -> int:
         """Sub-vectors in one row of a factor that is `features` wide."""

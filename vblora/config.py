@@ -193,6 +193,8 @@ class VBLoRAConfig(AdapterConfig):
             start as drawn and every A is made of them, the others start at zero and every B is made of them, so that
             the update starts at zero as LoRA's does (docs/recipe.md). It says where training starts and no more: what
             is kept is read without it, and a sub-vector may come to select any vector.
+        init_by_kind: every kind of layer (the name without its numbers: query, key, ...) starts on vectors of its own,
+            as many as its share of the sub-vectors. It, too, says where training starts and no more.
     """
 
     method: ClassVar[str] = "vblora"
@@ -204,6 +206,7 @@ class VBLoRAConfig(AdapterConfig):
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
     init_vectors_of_a: int = 0
+    init_by_kind: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +216,8 @@ class VBLoRAConfig(AdapterConfig):
             raise ValueError(f"topk {self.topk} is more than the {self.num_vectors} vectors of the bank")
         for name in ("init_vector_bank_bound", "init_logits_std"):
             self.require_number(name)
+        if type(self.init_by_kind) is not bool:
+            raise ValueError(f"init_by_kind must be True or False, not {self.init_by_kind!r}")
         if type(self.init_vectors_of_a) is not int or self.init_vectors_of_a < 0:
             raise ValueError(f"init_vectors_of_a must be a whole number from 0 up, not {self.init_vectors_of_a!r}")
         if self.init_vectors_of_a and not self.topk <= self.init_vectors_of_a <= self.num_vectors - self.topk:
@@ -224,9 +229,7 @@ class VBLoRAConfig(AdapterConfig):
     def to_dict(self) -> dict[str, Any]:
         """As everywhere; a start that is not divided is not mentioned, so that older versions read it too."""
         values = super().to_dict()
-        if not self.init_vectors_of_a:
-            del values["init_vectors_of_a"]
-        return values
+        return {n: value for n, value in values.items() if value or n not in ("init_vectors_of_a", "init_by_kind")}
 
     @property
     def dropout(self) -> float:

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 
 from vblora.bank import select
 from vblora.config import VBLoRAConfig
+from vblora.shapes import shares
 
 START = 32  # slots at the beginning; in real training a row has 10 to 20 selected entries after some hundred steps
 BLOCK = 1 << 22  # numbers that are drawn at once: all N x h would be 320 MB for Llama2-7B
 
 
-def draw(config: VBLoRAConfig, of_a: Tensor, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
+def draw(config: VBLoRAConfig, parts: Tensor, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
     """Initial values: the bank (h, b), and the logits (N, h) as blocks of rows, from the first to the last.
 
-    With `init_vectors_of_a` = n the vectors from n on are zero, and a logit is positive where factor and vector are
-    of one side (A's rows and the first n, B's and the others) and negative elsewhere: a row selects its own side's
-    vectors before any of the other's. `of_a` says which of the N rows are A's.
+    With `init_vectors_of_a` = n the vectors from n on are zero. Where vectors are divided (`_divided`), a logit is
+    positive if row and vector are of one part, else negative: a row selects those of its part (`Layout.parts`) first.
 
     Drawn on the CPU in float32 whatever the device, so that a seed means the same on all of them; to the bit only on
     processors of one kind, as PyTorch draws normal numbers in other ways on others.
@@ -43,20 +43,40 @@ def draw(config: VBLoRAConfig, of_a: Tensor, seed: int) -> tuple[Tensor, Iterato
     generator = torch.Generator().manual_seed(seed)
     bank = torch.empty(h, config.vector_length, dtype=torch.float32, device="cpu")
     bank.uniform_(-bound, bound, generator=generator)
-    vector_of_a = torch.arange(h, device="cpu") < config.init_vectors_of_a  # (h)
     if config.init_vectors_of_a:
-        bank[~vector_of_a] = 0
+        bank[config.init_vectors_of_a :] = 0
+    divided = _divided(config, parts)
 
     def blocks() -> Iterator[Tensor]:
-        for part in _parts(len(of_a), h):
+        for part in _parts(len(parts), h):
             drawn = torch.empty(part.stop - part.start, h, dtype=torch.float32, device="cpu")
             drawn.normal_(generator=generator).mul_(config.init_logits_std)
-            if config.init_vectors_of_a:
-                own = of_a[part].unsqueeze(1) == vector_of_a  # (n, h)
+            if divided is not None:
+                own = divided[0][part].unsqueeze(1) == divided[1]  # (n, h)
                 drawn = torch.where(own, drawn.abs(), -drawn.abs())
             yield drawn
 
     return bank, blocks()
+
+
+def _divided(config: VBLoRAConfig, parts: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The part of each row (N) and of each vector (h): the first n vectors are A's and the others B's, or all of both,
+    and the kinds of layers have as many of them as is their share of the rows. None where nothing is divided."""
+    n, h = config.init_vectors_of_a, config.num_vectors
+    if not (n or config.init_by_kind):
+        return None
+    parts = parts % 2 if not config.init_by_kind else parts if n else parts // 2 * 2
+    vectors = []
+    for side, total in ((0, n), (1, h - n)) if n else ((0, h),):
+        numbers, rows = parts[parts % 2 == side].unique(return_counts=True)
+        sizes = shares(total, rows.tolist())
+        if min(sizes) < config.topk:
+            raise ValueError(
+                f"init_by_kind deals {total} vectors out to {len(sizes)} kinds of layers, and one would have "
+                f"{min(sizes)} where topk is {config.topk}: give more num_vectors, or init_by_kind=False"
+            )
+        vectors.append(numbers.repeat_interleave(torch.tensor(sizes, device="cpu")))
+    return parts, torch.cat(vectors)
 
 
 def _parts(rows: int, num_vectors: int) -> list[slice]:
@@ -84,11 +104,11 @@ class LogitTable(nn.Module):
     shrunk: Tensor
     seed: Tensor
 
-    def __init__(self, config: VBLoRAConfig, of_a: Tensor) -> None:
+    def __init__(self, config: VBLoRAConfig, parts: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.of_a = of_a  # (N), on the CPU, where logits are drawn
-        self.rows = rows = len(of_a)
+        self.parts = parts  # (N), on the CPU, where logits are drawn
+        self.rows = rows = len(parts)
         kind = torch.uint8 if config.num_vectors <= 256 else torch.int32  # 16 bits can be sent by neither gloo nor NCCL
         with torch.device("cpu"):
             self.register_buffer("indices", torch.zeros(rows, config.topk, dtype=kind))
@@ -160,7 +180,7 @@ class LogitTable(nn.Module):
     def _drawn(self) -> Iterator[Tensor]:
         """The entries as if none had ever been selected, in blocks."""
         shrunk = self.shrunk.cpu()
-        for block in draw(self.config, self.of_a, self._get_seed())[1]:
+        for block in draw(self.config, self.parts, self._get_seed())[1]:
             yield block if shrunk == 1 else block.to(shrunk.dtype) * shrunk
 
     def _fill(self, width: int, blocks: Iterable[tuple[Tensor, Tensor | None]]) -> None:

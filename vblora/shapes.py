@@ -9,6 +9,7 @@ count it the same way; `Count` therefore carries the three rules in use. The oth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 FLOAT32_BYTES = 4
@@ -62,6 +63,12 @@ def sub_vectors(shapes: Sequence[LayerShape], r: int, vector_length: int) -> int
 def tiles(features: int, vector_length: int) -> int:
     """Sub-vectors in a row of this many numbers; the last is cut to fit."""
     return _ceil_div(features, vector_length)
+
+
+def shares(total: int, weights: Sequence[int]) -> list[int]:
+    """`total` dealt out in proportion to these weights, in whole numbers that add up to it."""
+    ends = [(2 * total * sum(weights[:upto]) // sum(weights) + 1) // 2 for upto in range(len(weights) + 1)]
+    return [end - start for start, end in pairwise(ends)]
 
 
 def index_bytes(num_vectors: int) -> int:

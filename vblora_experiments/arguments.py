@@ -21,6 +21,7 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "init_logits_std": ("init_logits_std",),
     "init_vector_bank_bound": ("init_vector_bank_bound",),
     "init_vectors_of_a": ("init_vectors_of_a",),
+    "init_by_kind": ("init_by_kind",),
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
@@ -64,6 +65,7 @@ class MethodArguments:
     init_logits_std: float | None = _flag("standard deviation of the initial logits")
     init_vector_bank_bound: float | None = _flag("bound of the initial bank")
     init_vectors_of_a: int | None = _flag("the first so many vectors start as A's, the others at zero as B's")
+    init_by_kind: bool | None = _flag("True: every kind of layer (query, key, ...) starts on vectors of its own")
     lora_alpha: float | None = _flag("scaling: alpha / r, where the method has one")
     adapter_dropout: float | None = _flag("dropout on the factors' input")
     recipe: bool = field(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 import quickstart
 import recipe_study
@@ -54,9 +53,7 @@ def test_the_search_is_listed_by_its_mean_the_best_last():
 
 @pytest.mark.parametrize("name", recipe_study.ROWS)
 def test_every_row_is_taken_by_run_glue(name, tmp_path):
-    values = dict(recipe_study.flags("sentences", name, 3, 1, tmp_path, tmp_path / "out"))
-    if "start_from" in values:
-        values["start_from"] = tmp_path  # `train` makes it
+    values = recipe_study.flags("sentences", name, 3, 1, tmp_path, tmp_path / "out")
     glue, method, training = run_glue.parts(run_glue.of(values))
     assert training.seed == 1 and training.num_train_epochs == 3 and glue.max_length == quickstart.COMMON["max_length"]
     assert method.settings(glue.targets, None)
@@ -110,23 +107,3 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
 def test_what_is_missing_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
         recipe_study.main(["recipe", *flags])
-
-
-def test_by_kind_no_vector_serves_two_kinds_of_layers(encoder, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "MINILM", str(encoder))
-    changes = {**recipe_study.ROWS["recipe_by_kind"], "vector_length": 16, "num_vectors": 60}
-    values = recipe_study.flags_with(changes, "sentences", 3, 1, data, tmp_path / "out")
-    folder = recipe_study.by_kind(values, tmp_path / "start")
-    glue, method, _ = run_glue.parts(run_glue.of({**values, "start_from": folder}))
-    adapter = run_glue.build(glue, method, run_glue.get_task("cola"))[0].adapter
-    drawn = adapter.topk_indices.clone()
-    adapter.start_from(folder)
-    used = {}
-    factors = adapter.topk_indices[:, 0].split(adapter.layout.sizes)
-    for at, indices in enumerate(factors):
-        kind = list(adapter.targets)[at // 2].split(".layer.")[1].partition(".")[2]
-        used.setdefault((kind, "AB"[at % 2]), set()).update(indices.tolist())
-    everything = [vector for vectors in used.values() for vector in vectors]
-    assert len(used) == 12 and len(everything) == len(set(everything))
-    assert all(max(v) < 15 if side == "A" else min(v) >= 15 for (_, side), v in used.items())
-    assert not torch.equal(drawn, adapter.topk_indices) and recipe_study.by_kind(values, folder) == folder

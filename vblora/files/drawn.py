@@ -35,7 +35,7 @@ def selection_of(config: VBLoRAConfig, shapes: Sequence[LayerShape], seed: int |
         raise ValueError(
             f"{layout.rows * config.num_vectors:,} logits are more than the {MOST_DRAWN:,} drawn for a file"
         )
-    bank, blocks = draw(config, layout.of_a, seed)
+    bank, blocks = draw(config, layout.parts, seed)
     chosen = [select(block, config.topk) for block in blocks]
     values, indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     tensors = topk_tensors(bank, indices, values)

@@ -36,7 +36,7 @@ IGNORED_KEYS = (
     "task_type",
 )
 # The parts of a table of sub-vectors, and the endings PEFT gives them.
-START_KEY = "init_vectors_of_a"  # a setting of ours that PEFT does not have
+START_KEYS = "init_vectors_of_a", "init_by_kind"  # settings of ours that PEFT does not have
 ENDINGS = {"logits": "", "topk_indices": "_topk_indices", "topk_weights": "_topk_weights"}
 
 
@@ -104,7 +104,8 @@ def to_peft_config(
     """The adapter_config.json that PEFT reads."""
     settings = config.to_dict()
     del settings["split_modules"]  # None, and nothing that PEFT knows
-    settings.pop(START_KEY, None)  # of the start alone: it stands in the tensors' metadata, which PEFT passes over
+    for key in START_KEYS:
+        settings.pop(key, None)  # of the start alone: it stands in the tensors' metadata, which PEFT passes over
     if config.target_modules == "all-linear":  # PEFT would take a classification head for one of them
         settings["target_modules"] = [shape.name for shape in shapes]
     return {
@@ -140,8 +141,9 @@ def from_peft_config(values: dict[str, Any]) -> VBLoRAConfig:
 
 def start_metadata(config: AdapterConfig) -> dict[str, str]:
     """What PEFT's settings have no place for, as metadata of the tensors' file."""
-    divided = config.init_vectors_of_a if isinstance(config, VBLoRAConfig) else 0
-    return {START_KEY: str(divided)} if divided else {}
+    if not isinstance(config, VBLoRAConfig):
+        return {}
+    return {key: str(int(value)) for key in START_KEYS if (value := getattr(config, key))}
 
 
 def with_start(config: VBLoRAConfig, metadata: Mapping[str, str]) -> VBLoRAConfig:
@@ -150,12 +152,12 @@ def with_start(config: VBLoRAConfig, metadata: Mapping[str, str]) -> VBLoRAConfi
     Raises:
         ValueError: it is no number that these settings can have.
     """
-    text = metadata.get(START_KEY)
-    if text is None:
-        return config
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(f"{START_KEY} in the metadata must be a whole number, not {text!r}")
-    return replace(config, init_vectors_of_a=int(text))
+    found: dict[str, Any] = {key: metadata[key] for key in START_KEYS if key in metadata}
+    for key, text in found.items():
+        if not re.fullmatch(r"[01]" if key == "init_by_kind" else r"\d{1,9}", text):
+            raise ValueError(f"{key} in the metadata must be a whole number, not {text!r}")
+        found[key] = text == "1" if key == "init_by_kind" else int(text)
+    return replace(config, **found)
 
 
 def _pieces(config: VBLoRAConfig, shapes: Sequence[LayerShape]) -> Iterator[tuple[str, bool, slice]]:

@@ -9,7 +9,7 @@ from vblora.config import VBLoRAConfig
 from vblora.logits import draw
 
 
-def redrawn(config: VBLoRAConfig, of_a: Tensor, seed: int, indices: Tensor, selected: Tensor) -> Tensor:
+def redrawn(config: VBLoRAConfig, parts: Tensor, seed: int, indices: Tensor, selected: Tensor) -> Tensor:
     """All (N, h) logits in float32 on the CPU: those at `indices` (N, k) give the weights that `selected` (N, k) give.
 
     The others are drawn as `attach` draws them from `seed`. The selected ones are log w + c. Softmax leaves c free, row
@@ -20,7 +20,7 @@ def redrawn(config: VBLoRAConfig, of_a: Tensor, seed: int, indices: Tensor, sele
     are mirrored to as far below the smallest. A weight under 2^-24, the last bit of a sum of 1 in float32, counts as
     that: its logarithm must be finite to be trained.
     """
-    drawn = torch.cat(list(draw(config, of_a, seed)[1]))  # (N, h), float32 on the CPU as when training began
+    drawn = torch.cat(list(draw(config, parts, seed)[1]))  # (N, h), float32 on the CPU as when training began
     logs = selected.float().cpu().softmax(dim=-1).clamp(min=2**-24).log()  # (N, k)
     largest = drawn.topk(config.topk, dim=-1).values  # (N, k)
     smallest = largest[:, -1:] + _raised(logs, largest)  # (N, 1)

@@ -80,7 +80,7 @@ class SelectionVBLoRA(Adapter, config=SelectionConfig):
         self._selected: Tensor | None = None  # indices (N, k) of the last training step, where the rule selects any
         if seed is not None:
             with torch.no_grad():
-                bank, logits = draw_values(config, self.layout.of_a, seed)
+                bank, logits = draw_values(config, self.layout.parts, seed)
                 self.vector_bank.copy_(bank)
                 self.logits.copy_(torch.cat(list(logits)))
 

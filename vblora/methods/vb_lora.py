@@ -50,8 +50,8 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        self.vector_bank.copy_(draw(self.config, self.layout.of_a, seed)[0])
-        self.logits = LogitTable(self.config, self.layout.of_a)
+        self.vector_bank.copy_(draw(self.config, self.layout.parts, seed)[0])
+        self.logits = LogitTable(self.config, self.layout.parts)
         self.logits.start(seed)
         self._select()
 
@@ -131,9 +131,9 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         """Make an adapter from a top-k file trainable: draw the logits it lacks, as `vblora.methods.redraw` says."""
         from vblora.methods.redraw import redrawn
 
-        drawn = redrawn(self.config, self.layout.of_a, seed, self.topk_indices, self.topk_logits)
+        drawn = redrawn(self.config, self.layout.parts, seed, self.topk_indices, self.topk_logits)
         # Not through `select`: where rounding to the adapter's precision makes logits equal, the selection stays.
-        self.logits = LogitTable(self.config, self.layout.of_a).to(self.vector_bank)
+        self.logits = LogitTable(self.config, self.layout.parts).to(self.vector_bank)
         self.logits.take_over(drawn.to(self.vector_bank.dtype), self.topk_indices, seed)
         self.topk_logits.copy_(drawn.gather(1, self.topk_indices.cpu()))
 
@@ -170,7 +170,7 @@ class VBLoRA(Adapter, config=VBLoRAConfig):
         self.vector_bank.copy_(tensors["vector_bank"])
         if "logits" in tensors:
             kept_in = self.vector_bank if self.logits is None else self.logits.values
-            self.logits = LogitTable(self.config, self.layout.of_a).to(kept_in)
+            self.logits = LogitTable(self.config, self.layout.parts).to(kept_in)
             self.select(tensors["logits"].to(kept_in))
             return
         self.topk_logits.copy_(selected_logits(tensors["topk_weights"]))

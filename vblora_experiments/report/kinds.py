@@ -139,15 +139,18 @@ def finite(value: Any) -> float:
 def flags_of(record: Record) -> dict[str, str]:
     """The flags that made the run beside its row and seed: those recorded or, of early records, all its settings.
 
-    The rates that a recipe gave are among them, as another version's recipe may give others. FOLDER stands for what a
-    run starts from.
+    The rates that a recipe gave are among them, and whether its vectors are by kind: another version's recipe may give
+    others. FOLDER stands for what a run starts from.
     """
     flags = record.get("overrides")
     if flags is None:
         settings = todays(record["settings"])
         flags = {name: value for name, value in settings.items() if isinstance(value, (str, int, float))}
-    rates = (record.get("recipe") or {}).get("rates", {})
-    flags = {**{f"learning_rate_{name.removeprefix('lr_')}": rate for name, rate in rates.items()}, **flags}
+    recipe = record.get("recipe") or {"rates": {}}
+    given = {f"learning_rate_{name.removeprefix('lr_')}": rate for name, rate in recipe["rates"].items()}
+    if "config" in recipe:
+        given["init_by_kind"] = recipe["config"].get("init_by_kind", False)
+    flags = {**given, **flags}
     flags = without_secrets({name: str(value) for name, value in flags.items() if name not in NO_FLAGS})
     flags |= {name: "FOLDER" for name in FOLDERS if name in record["settings"]}
     return {name: value.lower() if value in ("True", "False") else value for name, value in flags.items()}
