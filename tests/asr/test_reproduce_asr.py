@@ -262,7 +262,7 @@ def test_a_table_of_one_run_from_plan_to_record(tones, whispers, tmp_path, monke
     (tmp_path / "data" / "it").symlink_to(tones)
     (tmp_path / "models" / "whisper-tiny.en").symlink_to(whispers["english"])
 
-    def here(jobs, places):  # the commands, without processes of their own
+    def here(jobs, *_places_and_bar):  # the commands, without processes of their own
         for job in jobs:
             assert job.command[1] == str(FOLDER / "run_asr.py")
             run_asr.main(job.command[2:])
