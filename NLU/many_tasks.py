@@ -21,6 +21,7 @@ Every run has the same loop, steps and head. A run that has a record is not run 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import random
 import tempfile
@@ -44,7 +45,7 @@ from vblora.io import read_json, write_json
 from vblora.methods import VBLoRA
 from vblora.recipes import LORA_RATE, MAX_GRAD_NORM, RANK, WARMUP
 from vblora.sampling import LengthGroupedSampler
-from vblora_experiments import commands, tables
+from vblora_experiments import bars, commands, tables
 from vblora_experiments.records import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> None:
         paths = {key: options.records / f"{key.name}.json" for key in keys}
         found = {key: read_json(path) for key, path in paths.items() if path.exists()}
     else:
-        found = {key: kept_or_run(key, options) for key in keys}
+        found = {key: kept_or_run(key, options) for key in bars.bar(keys, "runs")}
     print(table(found))
 
 
@@ -105,6 +106,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise ValueError("--records FOLDER and --no_runs go together: the table of kept records")
     if options.glue_dir is None and not options.no_runs:
         raise ValueError("the tasks need --glue_dir, the folder with GLUE's folders")
+    if "lorashare" in options.variants and not options.no_runs and importlib.util.find_spec("lorashare") is None:
+        raise ValueError("the package lorashare is missing: pip install --no-deps lorashare==0.1.3, or give --variants")
     return options
 
 
@@ -213,13 +216,13 @@ def train_together(key: Key, options: argparse.Namespace, folder: Path) -> dict[
     groups = vblora.param_groups(model, lr=HEAD_RATE, **chosen.rates)
     moved = [p for one in heads.values() for module in one.values() for p in module.parameters()]
     optimizer, schedule = optimising(
-        [*groups, {"params": moved, "lr": HEAD_RATE}], JOINT_EPOCHS * sum(len(list(batches(r, 0, 0))) for r in tasks)
+        [*groups, {"params": moved, "lr": HEAD_RATE}], JOINT_EPOCHS * sum(map(steps_of, tasks))
     )
     for epoch in range(JOINT_EPOCHS):
         mixed = [(rows, batch) for rows in tasks for batch in batches(rows, key.seed, epoch)]
         random.Random(f"{key.seed} {epoch}").shuffle(mixed)
         model.train()
-        for rows, batch in mixed:
+        for rows, batch in bars.bar(mixed, f"together, epoch {epoch + 1}"):
             put(model, heads[rows.task])
             step(model, batch, optimizer, schedule)
     scores = {}
@@ -238,13 +241,10 @@ def lora(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) ->
 
 def lorashare(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) -> dict[str, Any]:
     """The projection of the task's LoRA; its head is the one that was trained with that LoRA."""
+    from lorashare import SHAREModel
     from peft import PeftModel
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    try:
-        from lorashare import SHAREModel
-    except ImportError:
-        raise ValueError("the package lorashare is missing: pip install lorashare==0.1.3") from None
     folders = [lora_of(task, key, options) for task in TOGETHER if task != key.unseen]
     # As many components as three adapters of rank 4 span, or more: nothing of theirs is lost.
     shared = SHAREModel.from_adapters([str(f) for f in folders], num_components=RANK * len(folders))
@@ -302,11 +302,11 @@ RUN_OF: Mapping[str, Callable[[Key, argparse.Namespace, nn.Module, Rows], dict[s
 
 def train(model: nn.Module, rows: Rows, groups: list[dict[str, Any]], seed: int) -> list[float]:
     """The score after each epoch."""
-    optimizer, schedule = optimising(groups, EPOCHS * len(list(batches(rows, seed, 0))))
+    optimizer, schedule = optimising(groups, EPOCHS * steps_of(rows))
     scores = []
     for epoch in range(EPOCHS):
         model.train()
-        for batch in batches(rows, seed, epoch):
+        for batch in bars.bar(batches(rows, seed, epoch), f"epoch {epoch + 1}", total=steps_of(rows)):
             step(model, batch, optimizer, schedule)
         scores.append(score(model, rows))
     return scores
@@ -329,6 +329,11 @@ def step(model: nn.Module, batch: Any, optimizer: torch.optim.Optimizer, schedul
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()
+
+
+def steps_of(rows: Rows) -> int:
+    """Batches of an epoch, the last one with what is left."""
+    return -(-len(rows.train) // BATCH)
 
 
 def batches(rows: Rows, seed: int, epoch: int) -> Iterator[Any]:
