@@ -48,6 +48,7 @@ ROWS: dict[str, Flags] = {
     "lora_qv": {"method": "lora", "targets": "qv", "rank": 8, "lora_alpha": 16, "learning_rate_adapter": 1e-3},
     "plain": PLAIN,
     "plain_h240": {**PLAIN, "num_vectors": 240},
+    "vblora_all": {**PLAIN, "learning_rate_vector_bank": 4e-3},  # MiniLM's row of that name: the paper's settings
     "recipe": RECIPE,
     # A fifth of the numbers that LoRA r 8 has on query and value.
     "recipe_small": {**RECIPE, "recipe_bytes": 58_980},
