@@ -52,12 +52,14 @@ METHODS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-4,
     },
     "vera": {"method": "vera", "targets": "qv", "rank": 1024, "learning_rate": 1e-1},
+    "recipe": {"method": "vblora", "targets": "all", "recipe": True},  # no paper's: docs/recipe.md
     "vblora": {**VBLORA, "targets": "all", "num_vectors": 256, "init_logits_std": 0.01},
 }
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("gpt2_large", "vblora"): {"num_vectors": 350},
     ("gpt2_large", "vera"): {"learning_rate": 2e-2},
     ("smollm2_135m", "vblora"): {"vector_length": 192},  # 576, 192 and 1,536 wide
+    ("smollm2_135m", "recipe"): {"recipe_bytes": 247_488},  # as many as the row above stores
     ("smollm2_135m", "full"): {"per_device_train_batch_size": 8},
 }
 

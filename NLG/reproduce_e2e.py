@@ -18,7 +18,7 @@ from typing import Any
 
 import e2e_paper
 from e2e_data import SETS
-from e2e_rows import METHODS, ROWS, row
+from e2e_rows import ROWS, row
 from vblora_experiments import campaign, commands, tables
 from vblora_experiments.campaign import Groups, RowTrial
 from vblora_experiments.tables import deviation_of, difference, mean_of
@@ -26,8 +26,9 @@ from vblora_experiments.tables import deviation_of, difference, mean_of
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"medium": "gpt2_medium", "large": "gpt2_large", "smollm2": "smollm2_135m"}
 PAPER_SIZES = ("medium", "large")
+PAPER_METHODS = ("full", "lora", "vera", "vblora")
 SEEDS = (0, 1, 2)
-TITLES = {"full": "full fine-tuning", "lora": "LoRA", "vera": "VeRA", "vblora": "VB-LoRA"}
+TITLES = {"full": "full fine-tuning", "lora": "LoRA", "vera": "VeRA", "recipe": "VB-LoRA, recipe", "vblora": "VB-LoRA"}
 MODEL_TITLES = {"gpt2_medium": "GPT-2 Medium", "gpt2_large": "GPT-2 Large", "smollm2_135m": "SmolLM2-135M"}
 # What a score is multiplied by for the table, and its digits there.
 SHOWN = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE_L": (100, 1), "CIDEr": (1, 2)}
@@ -39,7 +40,7 @@ class E2E(campaign.RowCampaign):
     rows = ROWS
     experiment = "table2"
     models_flag, models = "sizes", SIZES
-    chosen = (PAPER_SIZES, list(METHODS), SEEDS)
+    chosen = (PAPER_SIZES, PAPER_METHODS, SEEDS)
     script = ROOT / "NLG" / "run_e2e.py"
     passed_on = ("data_dir",)
     runs = ROOT / "runs" / "e2e"

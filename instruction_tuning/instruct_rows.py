@@ -60,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 64, "lora_alpha": 16, "learning_rate": 4e-4, **PAGED},
     "vera": {"method": "vera", "rank": 1024, "learning_rate": 4e-3, **PAGED},
     "lora_xs": {"method": "lora_xs", "rank": 64, "lora_alpha": 64, "learning_rate": 4e-3, **PAGED},
+    "recipe": {"method": "vblora", "recipe": True},  # no paper's: docs/recipe.md
     # The standard deviation is PEFT's default, which the authors' scripts leave as it is.
     "vblora": {**VBLORA, "num_vectors": 2048, "init_logits_std": 0.1},
 }
@@ -68,6 +69,7 @@ METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("llama2_7b", "lora"): {"lora_alpha": 32},  # of the authors' scripts, each
     ("llama2_13b", "lora"): {"lora_alpha": 16},
     ("smollm2_135m", "vblora"): {"num_vectors": 256, "vector_length": 192},  # 576, 192 and 1,536 wide
+    ("smollm2_135m", "recipe"): {"recipe_bytes": 247_488},  # as many as the row above stores
     ("smollm2_135m", "lora"): {"rank": 8, "optim": "adamw_torch"},
     ("smollm2_135m", "vera"): {"rank": 256, "optim": "adamw_torch"},
     ("smollm2_135m", "lora_xs"): {"rank": 32, "lora_alpha": 32, "optim": "adamw_torch"},

@@ -26,7 +26,7 @@ from vblora_experiments.tables import deviation_of, difference, mean_of
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("llama2_7b", "llama2_13b")
 PAPER_METHODS = ("lora", "vera", "vblora")
-TITLES = {"lora": "LoRA", "vera": "VeRA", "lora_xs": "LoRA-XS", "vblora": "VB-LoRA"}
+TITLES = {"lora": "LoRA", "vera": "VeRA", "lora_xs": "LoRA-XS", "recipe": "VB-LoRA, recipe", "vblora": "VB-LoRA"}
 MODEL_TITLES = {"llama2_7b": "Llama2-7B", "llama2_13b": "Llama2-13B", "smollm2_135m": "SmolLM2-135M"}
 
 

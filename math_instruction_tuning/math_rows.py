@@ -58,11 +58,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 64, "lora_alpha": 64, **PISSA},
     "vera": {"method": "vera", "rank": 1024, "learning_rate": 4e-3},
     "lora_xs": {"method": "lora_xs", "rank": 64, "lora_alpha": 64, "learning_rate": 4e-3},
+    "recipe": {"method": "vblora", "recipe": True},  # no paper's: docs/recipe.md
     # The standard deviation is PEFT's default, which the authors' scripts leave as it is.
     "vblora": {**VBLORA, "num_vectors": 2048, "init_logits_std": 0.1},
 }
 METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     ("smollm2_135m", "vblora"): {"num_vectors": 256, "vector_length": 192},  # 576, 192 and 1,536 wide
+    ("smollm2_135m", "recipe"): {"recipe_bytes": 247_488},  # as many as the row above stores
     ("smollm2_135m", "lora"): {"rank": 8, "lora_alpha": 16, "learning_rate": 4e-4},
     ("smollm2_135m", "vera"): {"rank": 256},
     ("smollm2_135m", "lora_xs"): {"rank": 32, "lora_alpha": 32},

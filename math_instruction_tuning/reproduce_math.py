@@ -27,7 +27,14 @@ from vblora_experiments.tables import deviation_of, difference, mean_of
 ROOT = Path(__file__).resolve().parents[1]
 PAPER_MODELS = ("mistral_7b", "gemma_7b")
 PAPER_METHODS = ("full", "lora", "lora_xs", "vblora")
-TITLES = {"full": "full fine-tuning", "lora": "LoRA", "vera": "VeRA", "lora_xs": "LoRA-XS", "vblora": "VB-LoRA"}
+TITLES = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "vera": "VeRA",
+    "lora_xs": "LoRA-XS",
+    "recipe": "VB-LoRA, recipe",
+    "vblora": "VB-LoRA",
+}
 MODEL_TITLES = {"mistral_7b": "Mistral-7B", "gemma_7b": "Gemma-7B", "smollm2_135m": "SmolLM2-135M"}
 RULES = ("authors", "corrected")
 

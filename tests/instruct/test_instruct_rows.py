@@ -68,7 +68,7 @@ def test_every_row_is_accepted_by_the_scripts_and_by_its_method():
     for model in MODELS:
         for method in METHODS:
             run = run_instruct.parse(["--row", f"{model}/{method}", "--use_cpu", "true", "--bf16", "false"])
-            known = field_names(run.method.method) | {"modules_to_save", "target_modules"}
+            known = field_names(run.method.method) | {"modules_to_save", "target_modules", "recipe"}
             settings = run.method.settings(estimate.target_modules(run.instruct.targets), None)
             assert settings.keys() <= known, (model, method)
 
