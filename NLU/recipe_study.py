@@ -5,6 +5,7 @@
     ./scripts/reproduce.sh recipe --rows recipe lora --epochs 3
     ./scripts/reproduce.sh recipe --records results/recipe --no_runs     # the table again, from kept records
     ./scripts/reproduce.sh recipe --records results/recipe --no_runs --epochs 3 6 --picture docs/figures/recipe.png
+    ./scripts/reproduce.sh recipe --records results/recipe --no_runs --tasks cola --picture FILE --over steps bytes
 
 A run that has a record is not run again, one that was interrupted goes on. --collect copies the records into a folder.
 """
@@ -22,6 +23,7 @@ from typing import Any
 import generate_cola
 import paired
 import quickstart
+import recipe_curves
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
 from vblora.io import read_json, replacing
@@ -107,7 +109,7 @@ def main(arguments: list[str]) -> None:
     there = {key: record for key, record in found.items() if record is not None}
     print(table(there, options.against))
     if options.picture is not None:
-        picture(there, options.picture)
+        recipe_curves.draw(there, options.over, options.picture)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -122,7 +124,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--collect", type=Path, help="copy the records into this folder")
     parser.add_argument("--against", choices=ROWS, metavar="ROW", help="compare each row with this one, seed by seed")
     parser.add_argument("--search", type=Path, help="print the record of the search for the recipe, and no more")
-    parser.add_argument("--picture", type=Path, help="draw the scores by epoch into this file")
+    parser.add_argument("--picture", type=Path, help="draw the scores into this file, .png, .svg or .pdf")
+    parser.add_argument("--over", nargs="+", choices=recipe_curves.OVER, default=["epochs"], help="of --picture")
     parser.add_argument("--records", type=Path, nargs="+", help="print the table from the records in these folders")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
     options = parser.parse_args(arguments)
@@ -130,6 +133,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise ValueError("--records and --no_runs go together: the table from kept records")
     if options.tasks != [SENTENCES] and options.glue_dir is None and options.records is None:
         raise ValueError("GLUE's tasks need --glue_dir, the folder with GLUE's folders")
+    if options.picture is not None and options.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{options.picture}: its name must end with .png, .svg or .pdf")
     return options
 
 
@@ -212,33 +217,6 @@ def search_table(search: Mapping[str, Any]) -> str:
     return tables.render(["method", *titles, "stored numbers", "seeds"], lines, "markdown")
 
 
-def picture(found: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
-    """Score over epochs: the mean of each method's seeds as a line, each seed as points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    parts = list(dict.fromkeys(key[:2] for key in found))
-    figure, axes = pyplot.subplots(1, len(parts), figsize=(5.5 * len(parts), 4.2), squeeze=False, layout="constrained")
-    for axis, (task, epochs) in zip(axes[0], parts, strict=True):
-        for number, name in enumerate(dict.fromkeys(key[2] for key in found if key[:2] == (task, epochs))):
-            group = [record for key, record in found.items() if key[:3] == (task, epochs, name)]
-            metric = group[0]["scores"]["metric"]
-            curves = [[(e["epoch"], 100 * e[metric]) for e in record["scores"]["epochs"]] for record in group]
-            for curve in curves:
-                axis.plot(*zip(*curve, strict=True), ".", color=f"C{number}", alpha=0.4)
-            means = [(points[0][0], mean(score for _, score in points)) for points in zip(*curves, strict=True)]
-            stored = group[0]["stored_parameters"]["parameters"]
-            label = f"{name}: {stored:,} numbers, {len(group)} seeds"
-            axis.plot(*zip(*means, strict=True), color=f"C{number}", label=label)
-        axis.set(xlabel="epoch", ylabel=metric.replace("_", " "), title=f"{task}, {epochs} epochs")
-        axis.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 Group = tuple[str, int, str]  # task, epochs, row
 
 
@@ -251,7 +229,7 @@ def table(found: Mapping[Key, Mapping[str, Any]], against: str | None = None) ->
     groups: dict[Group, dict[int, Mapping[str, Any]]] = {}
     for (task, epochs, name, seed), record in found.items():
         groups.setdefault((task, epochs, name), {})[seed] = record
-    header = ["task", "epochs", "method", "stored numbers", "mean ± sd", "seeds", "best epoch"]
+    header = ["task", "epochs", "steps", "method", "stored numbers", "mean ± sd", "seeds", "best epoch"]
     lines = [line_of(group, records) for group, records in groups.items()]
     if against is not None:
         header += [f"difference from {against}", "p", "what the test carries"]
@@ -266,6 +244,7 @@ def line_of(group: Group, records: Mapping[int, Mapping[str, Any]]) -> list[str]
     return [
         f"{task} ({first['scores']['metric'].replace('_', ' ')})",
         str(epochs),
+        str(first["steps"]),
         name,
         f"{first['stored_parameters']['parameters']:,}",
         tables.number(mean(scores), stdev(scores) if len(scores) > 1 else None),

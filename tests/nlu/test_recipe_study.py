@@ -7,6 +7,7 @@ import json
 import pytest
 
 import quickstart
+import recipe_curves
 import recipe_study
 import run_glue
 from vblora.io import read_json, write_json
@@ -15,15 +16,21 @@ from vblora.io import read_json, write_json
 def record(score, stored=100):
     epochs = [{"epoch": 1.0, "matthews_correlation": score / 2}, {"epoch": 2.0, "matthews_correlation": score}]
     scores = {"metric": "matthews_correlation", "epochs": epochs, "last": epochs[-1], "best": epochs[-1]}
-    return {"scores": scores, "stored_parameters": {"parameters": stored}}
+    return {
+        "scores": scores,
+        "stored_parameters": {"parameters": stored, "bytes": 4 * stored},
+        "settings": {"num_train_epochs": 2},
+        "steps": 8,
+        "train_seconds": 20.0,
+    }
 
 
 def test_the_table_has_mean_and_deviation_of_the_seeds():
     found = {("sentences", 3, "recipe", seed): record(score) for seed, score in enumerate((0.5, 0.7))}
     found["sentences", 3, "lora", 0] = record(0.8, 1000)
     lines = recipe_study.table(found).splitlines()
-    assert "| sentences (matthews correlation) | 3 | recipe | 100 | 60.0 ± 14.1 | 50.0 70.0 | 60.0 |" in lines
-    assert "| sentences (matthews correlation) | 3 | lora | 1,000 | 80.0 | 80.0 | 80.0 |" in lines
+    assert "| sentences (matthews correlation) | 3 | 8 | recipe | 100 | 60.0 ± 14.1 | 50.0 70.0 | 60.0 |" in lines
+    assert "| sentences (matthews correlation) | 3 | 8 | lora | 1,000 | 80.0 | 80.0 | 80.0 |" in lines
 
 
 def test_rows_are_compared_with_one_seed_by_seed():
@@ -77,12 +84,28 @@ def test_a_glue_task_has_minilms_settings():
     assert values["max_train_samples"] == 4000 and values["head"] == "pooler,classifier" and values["targets"] == "all"
 
 
-def test_kept_records_make_the_table_and_the_picture(tmp_path, capsys):
+def test_kept_records_make_the_table_and_the_pictures(tmp_path, capsys):
     for seed in (0, 1):
-        (tmp_path / f"sentences_e3_recipe_seed{seed}.json").write_text(json.dumps(record(0.6)))
-    picture = tmp_path / "picture.png"
-    recipe_study.main(["recipe", "--records", str(tmp_path), "--no_runs", "--picture", str(picture)])
-    assert "| 60.0 ± 0.0 | 60.0 60.0 | 60.0 |" in capsys.readouterr().out and picture.stat().st_size > 1000
+        kept = {**record(0.6), "settings": {"num_train_epochs": 3}}
+        (tmp_path / f"sentences_e3_recipe_seed{seed}.json").write_text(json.dumps(kept))
+    for number, over in enumerate(([], ["--over", "steps", "seconds", "bytes"])):
+        picture = tmp_path / f"{number}.png"
+        recipe_study.main(["recipe", "--records", str(tmp_path), "--no_runs", "--picture", str(picture), *over])
+        assert "| 60.0 ± 0.0 | 60.0 60.0 | 60.0 |" in capsys.readouterr().out
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("over", "points"),
+    [
+        ("epochs", [(1, 30), (2, 60)]),
+        ("steps", [(4, 30), (8, 60)]),
+        ("seconds", [(10, 30), (20, 60)]),
+        ("bytes", [(400, 60)]),
+    ],
+)
+def test_a_curve_goes_over_what_a_run_had_by_then(over, points):
+    assert recipe_curves.curve(record(0.6), over) == points
 
 
 def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
@@ -94,7 +117,7 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps({**record(0.2), "settings": {"num_train_epochs": epochs}}))
     places = ["--records", str(tmp_path / "empty"), str(tmp_path), "--no_runs", "--glue_dir", "unused"]
     recipe_study.main(["recipe", "--tasks", "cola", "--rows", "recipe_small", "lora_qv", *places])
-    assert [line.split("|")[3:7] for line in capsys.readouterr().out.splitlines()[2:]] == [
+    assert [line.split("|")[4:8] for line in capsys.readouterr().out.splitlines()[2:]] == [
         [" recipe_small ", " 100 ", " 20.0 ", " 20.0 "],
         [" lora_qv ", " 100 ", " 20.0 ", " 20.0 "],
     ]
@@ -102,7 +125,11 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--no_runs"], "go together"), (["--tasks", "cola"], "--glue_dir")],
+    [
+        (["--no_runs"], "go together"),
+        (["--tasks", "cola"], "--glue_dir"),
+        (["--picture", "curves"], "must end with .png"),
+    ],
 )
 def test_what_is_missing_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
