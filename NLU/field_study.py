@@ -74,7 +74,9 @@ ROWS: dict[str, Row] = {
         note="not on key and attention.output",
     ),
     "uni_lora": _peft("unilora", 1e-2, r=4, theta_d_length=32_964),
-    "tiny_lora": _peft("tinylora", 1e-2, r=2, u=915, save_projection=False),
+    # Of its paper's rank, 2, its numbers move four of each layer's; of rank 30 as many as there are numbers.
+    "tiny_lora": _peft("tinylora", 1e-2, "four directions in each layer", r=2, u=915, save_projection=False),
+    "tiny_lora_r30": _peft("tinylora", 1e-3, r=30, u=900, save_projection=False),
     "vera": _peft("vera", 1e-2, r=339, save_projection=False),
     "pvera": _peft("pvera", 1e-2, r=169, save_projection=False),
     "rand_lora": _peft("randlora", 2e-3, "one basis, of full rank", r=384, save_projection=False),

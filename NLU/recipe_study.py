@@ -196,6 +196,8 @@ SEARCHED = {
     "equal_use": "equal use",
     "frozen_a": "A frozen",
     "equal_gradients": "equal gradients",
+    "by_gradient": "by gradient",
+    "rows_apart": "rows apart",
 }
 
 
