@@ -8,15 +8,16 @@
 --data_dir holds a folder for each language (it, ru; of FLEURS it_it and so on), each with train.tsv, dev.tsv and
 test.tsv. The model as it is (zero_shot) is always a row, at the row's window and at the whole one of 30 seconds. A run
 trains, transcribes and scores. --targets asks for a row for each of these sets of layers; all runs of a size see
-equally many clips. Flags after "--" go to every run as they are (such as -- --bf16 false). Run it again to
-go on: what has a record is not run again, what was interrupted goes on.
+equally many clips. Flags after "--" go to every run as they are (such as -- --bf16 false), those of a method's settings
+(-- --rank 2) to every run that trains. Run it again to go on: what has a record is not run again, what was interrupted
+goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import asr_secondary
 from asr_rows import LANGUAGES, METHODS, MODELS, ROWS, row
 from vblora_experiments import campaign, commands, schedule, tables
+from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.campaign import Groups
 from vblora_experiments.rows import check_names
 from vblora_experiments.runs import Trial as AnyTrial
@@ -110,7 +112,7 @@ class Speech(campaign.RowCampaign):
         return super().estimate(trial, [record for record in found if record["settings"]["targets"] == targets])
 
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        job = super().job(trial, options, extra)
+        job = super().job(trial, options, _taken(trial.row, extra))
         job.command += ["--data_dir", str(options.data_dir / trial.folder)]
         job.command += [part for flag, value in trial.changes.items() for part in (f"--{flag}", value)]
         return job
@@ -142,11 +144,21 @@ def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[T
             changes = language.flags(code)
             if int(row(f"{size}/{ZERO_SHOT}").get("window", WHOLE_WINDOW)) < WHOLE_WINDOW:
                 whole = {**changes, "window": str(WHOLE_WINDOW)}
-                yield Trial(f"{size}/{ZERO_SHOT}", f"{code}_window{WHOLE_WINDOW}", whole, extra=extra)
+                name = f"{size}/{ZERO_SHOT}"
+                yield Trial(name, f"{code}_window{WHOLE_WINDOW}", whole, extra=_taken(name, extra))
             for method in methods:
                 for mark, layers in _layers(row(f"{size}/{method}"), options.targets or []):
                     for seed in options.seeds if method != ZERO_SHOT else (0,):
-                        yield Trial(f"{size}/{method}", code + mark, {**changes, **layers}, seed, extra)
+                        name = f"{size}/{method}"
+                        yield Trial(name, code + mark, {**changes, **layers}, seed, _taken(name, extra))
+
+
+def _taken(row_name: str, extra: Mapping[str, str]) -> Mapping[str, str]:
+    """Of the flags for every run those that this row's takes: what trains nothing has no settings of a method."""
+    if not row_name.endswith(f"/{ZERO_SHOT}"):
+        return extra
+    settings = {field.name for field in fields(MethodArguments)}
+    return {name: value for name, value in extra.items() if name not in settings}
 
 
 def _layers(flags: Mapping[str, Any], wanted: Sequence[str]) -> list[tuple[str, dict[str, str]]]:

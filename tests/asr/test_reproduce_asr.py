@@ -231,6 +231,18 @@ def test_what_others_print_is_a_note_and_no_row():
     assert "0.5075" not in printed(small, [record(trial, 60.0) for trial in small])
 
 
+def test_settings_of_a_method_go_to_the_rows_that_train(capsys):
+    """zero_shot is always a row, and refuses them."""
+    command = ["asr", "--languages", "it", "--methods", "recipe_small", "--seeds", "0", "--plan"]
+    reproduce_asr.main([*command, "--", "--rank", "2", "--window", "6"])
+    names = [line.split()[0] for line in capsys.readouterr().err.splitlines()[1:-1]]
+    assert names == [
+        "tiny_en_zero_shot_it_window30_window_6_seed0",
+        "tiny_en_zero_shot_it_window_6_seed0",
+        "tiny_en_recipe_small_it_rank_2_window_6_seed0",
+    ]
+
+
 def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):
     reproduce_asr.main(["asr", "--sizes", "large_v2_common_voice", "--languages", "eo", "--seeds", "0", "--plan"])
     assert f"{len(METHODS)} runs, of which {len(METHODS)} are to be done" in capsys.readouterr().err
