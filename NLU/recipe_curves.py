@@ -46,8 +46,9 @@ def draw(found: Found, over: Sequence[str], path: Path) -> None:
         for what, axis in zip(over, panels, strict=True):
             for number, (name, group) in enumerate(groups.items()):
                 _method(axis, what, name, group, f"C{number}")
-            if what == "bytes":
-                axis.set_xscale("log")
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter("{x:,.0f}")
+            axis.tick_params(axis="x", labelrotation=20)
             axis.set(xlabel=what, ylabel=_metric(group).replace("_", " "), title=f"{task}, {epochs} epochs")
         panels[0].legend(loc="lower right", fontsize="small")
     with replacing(path) as temporary:
@@ -57,7 +58,7 @@ def draw(found: Found, over: Sequence[str], path: Path) -> None:
 
 def _method(axis: Any, what: str, name: str, group: Sequence[Record], colour: str) -> None:
     stored = group[0]["stored_parameters"]["parameters"]
-    label = f"{name}: {stored:,} numbers, {len(group)} seeds"
+    label = f"{name}: {stored:,} numbers, {len(group)} seed{'s' if len(group) > 1 else ''}"
     curves = [curve(record, what) for record in group]
     for points in curves:
         axis.plot(*zip(*points, strict=True), ".", color=colour, alpha=0.4)
