@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -118,7 +119,12 @@ def test_places_are_the_gpus_or_shares_of_the_cores(monkeypatch):
     with pytest.raises(ValueError, match="--jobs 3, but there are 2 GPUs"):
         schedule.devices(3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert len(schedule.devices(None)) == 1 and len(schedule.devices(3)) == 3
-    assert all(int(place["OMP_NUM_THREADS"]) >= 1 for place in schedule.devices(3))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert schedule.devices(None) == [{"OMP_NUM_THREADS": "7"}] and schedule.devices(3) == 3 * [
+        {"OMP_NUM_THREADS": "2"}
+    ]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # a user's own goes before
+    assert schedule.devices(None) == [{"OMP_NUM_THREADS": "1"}]
     with pytest.raises(ValueError, match="at least 1"):
         schedule.devices(0)

@@ -36,6 +36,7 @@ def devices(jobs: int | None) -> list[dict[str, str]]:
     """The environment of each process that may run at a time.
 
     With GPUs, one process for each (`jobs` takes fewer); else `jobs` processes (1 unless given) that share the cores.
+    Where OMP_NUM_THREADS is set, each has as many threads as it says.
 
     Raises:
         ValueError: more jobs than GPUs, or fewer than one.
@@ -51,7 +52,8 @@ def devices(jobs: int | None) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:jobs]]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = jobs or 1
-    return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))
+    return [{"OMP_NUM_THREADS": threads} for _ in range(count)]
 
 
 def _visible_gpus(count: int) -> list[str]:
