@@ -22,7 +22,7 @@ from vblora_experiments import commands, records
 from vblora_experiments.runs import real_flags
 
 Panels = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # the records of each line, by panel and name
-OF_LANGUAGE = ("language", "language_token", "max_new_tokens")
+OF_LANGUAGE = ("language", "language_token", "max_new_tokens")  # what a row has of its language
 
 
 def main(arguments: list[str]) -> None:
@@ -48,9 +48,7 @@ def grouped(found: Sequence[dict[str, Any]], model: str | None, language: str | 
     for record in found:
         own, method = record["row"].split("/")
         if record.get("curve") and model in (None, own) and language in (None, record["language"]):
-            flags = {
-                n: v for n, v in real_flags(record["overrides"]).items() if n not in ("language", "language_token")
-            }
+            flags = {name: v for name, v in real_flags(record["overrides"]).items() if name not in OF_LANGUAGE}
             line = ", ".join([TITLES[method], *(f"{name} {value}" for name, value in flags.items())])
             panels.setdefault(f"{MODEL_TITLES[own]}, {record['language']}", {}).setdefault(line, []).append(record)
     return panels
