@@ -113,7 +113,7 @@ class Speech(campaign.RowCampaign):
 
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
         job = super().job(trial, options, _taken(trial.row, extra))
-        job.command += ["--data_dir", str(options.data_dir / trial.folder)]
+        job.command += ["--data_dir", str((options.data_dir or Path("DATA_DIR")) / trial.folder)]  # a plan needs none
         job.command += [part for flag, value in trial.changes.items() for part in (f"--{flag}", value)]
         return job
 

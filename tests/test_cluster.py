@@ -325,6 +325,12 @@ def test_what_slurm_refuses_is_said_in_its_words(tmp_path, slurm, capsys, err, m
         cluster.queued()
 
 
+def test_a_slurm_that_does_not_answer_is_found_before_anything_is_queued(tmp_path, slurm):
+    slurm.answer("squeue", "", "squeue: error: Unable to contact slurm controller (connect failure)", 1)
+    with pytest.raises(ValueError, match=r"--on slurm: Unable to contact slurm controller"):
+        on_slurm.Slurm(tmp_path / "runs", settings.SlurmSettings())
+
+
 def test_slurm_is_asked_for_only_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(on_slurm, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--on slurm needs submitit: pip install submitit"):

@@ -346,19 +346,13 @@ def run_missing(
     to_do = [*missing_starts, *missing]
     campaign.check_places(to_do, options)
     slots = schedule.devices(options.jobs) if options.on == LOCAL else []
+    jobs, cluster = prepared(campaign, to_do, options, extra)
     if title := campaign.title(options):
         schedule.say_progress(title)
     known = [record for _, record in found]
     schedule.say_progress(describe(campaign, len(trials) + len(starts), to_do, known, len(slots)))
     if options.plan:
         return ""
-    jobs = [campaign.job(t, options, extra) for t in to_do]
-    if options.on != LOCAL:
-        refuse_secrets(jobs)
-    cluster = opened(options) if to_do else None
-    # A mistake in the flags would fail in every process: look at one run of each row and variant before.
-    for job in {(t.row, t.variant): j for t, j in zip(to_do, jobs, strict=True) if not j.after}.values():
-        campaign.check_flags(job.command[2:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
@@ -376,6 +370,22 @@ def run_missing(
         f"{len(failed)} of {len(jobs)} runs failed: {', '.join(failed)}; their logs are beside their folders in "
         f"{options.runs}, and the table is of the others"
     )
+
+
+def prepared(
+    campaign: Campaign, to_do: Sequence[Trial], options: argparse.Namespace, extra: Mapping[str, str]
+) -> tuple[list[schedule.Job], follow.Cluster | None]:
+    """The jobs of these runs, and what they run on, as `opened`: whatever would be refused is refused here."""
+    jobs = [campaign.job(t, options, extra) for t in to_do]
+    if options.plan and not extra:  # the rows alone, for which nobody has to wait for transformers
+        return jobs, None
+    if options.on != LOCAL:
+        refuse_secrets(jobs)
+    cluster = opened(options) if to_do and not options.plan else None
+    # A mistake in the flags would fail in every process: look at one run of each row and variant before.
+    for job in {(t.row, t.variant): j for t, j in zip(to_do, jobs, strict=True) if not j.after}.values():
+        campaign.check_flags(job.command[2:])
+    return jobs, cluster
 
 
 def opened(options: argparse.Namespace) -> follow.Cluster | None:

@@ -264,6 +264,8 @@ def test_missing_tables_and_models_are_named_before_anything_is_run(tones, tmp_p
     places = ["--data_dir", str(tmp_path / "data"), "--models_dir", str(tmp_path / "data")]
     with pytest.raises(ValueError, match=r"has no folder whisper-tiny\.en"):
         reproduce_asr.main(["asr", "--languages", "it", *places])
+    with pytest.raises(ValueError, match="unrecognized arguments: --rnak 3"):  # a plan needs no folders
+        reproduce_asr.main(["asr", "--languages", "it", "--plan", "--", "--rnak", "3"])
     with pytest.raises(ValueError, match='--language after "--" would undo the plan'):
         reproduce_asr.main(["asr", "--", "--language", "it"])
 

@@ -38,6 +38,7 @@ class Slurm:
         for program in ("sbatch", "squeue", "scancel", "srun"):
             if shutil.which(program) is None:
                 raise ValueError(f"--on slurm: there is no {program} here: give this command where Slurm is")
+        _told(["squeue", "--noheader", "--name=none"])  # a Slurm that does not answer is found before anything is said
         self.folder, self.settings = folder.absolute() / FOLDER, settings
         self.registry = self.folder / "runs.json"
 
