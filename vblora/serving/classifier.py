@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from vblora.files import packed
 from vblora.files.content import Content
 from vblora.hub import from_hub
+from vblora.sampling import positions
 from vblora.serving.batcher import Text
 from vblora.serving.store import AdapterStore, packed_files
 
@@ -61,7 +61,7 @@ class Classifier:
     """
 
     def __init__(self, model: Any, tokenizer: Any, store: AdapterStore, max_tokens: int | None = None) -> None:
-        most = _positions(model)
+        most = positions(model) or getattr(model.config, "max_position_embeddings", None) or MOST_TOKENS
         if max_tokens is not None and max_tokens > most:
             raise ValueError(f"--max_tokens {max_tokens} are more than the model's {most} positions")
         self.model = model.eval()
@@ -229,12 +229,3 @@ def _require_heads(content: Content, new: Collection[str], name: str) -> None:
             raise ValueError(
                 f"it has no {module} (modules_to_save), and {name} has no weights for it: answers would be random"
             )
-
-
-def _positions(model: nn.Module) -> int:
-    """How many tokens a row may have."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa begins to count behind its padding token.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None) or MOST_TOKENS
