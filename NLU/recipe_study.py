@@ -46,12 +46,10 @@ PLAIN: Flags = {  # the quick start's settings before there was a recipe
 RECIPE: Flags = {"method": "vblora", "recipe": True}
 SMALL = 58_980  # bytes: a fifth of the numbers that LoRA r 8 has on query and value
 ROOT_DECAY: Flags = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 0.5, "lr_end": 0.0}}
-LORA: Flags = {"method": "lora", "lora_alpha": 4, "learning_rate_adapter": 2e-3}
-LORA_QV: Flags = {"method": "lora", "targets": "qv", "rank": 8, "lora_alpha": 16, "learning_rate_adapter": 1e-3}
 # By name. "lora" and "lora_qv" have the settings of the quick start and of MiniLM's row; the others all layers, rank 4.
 ROWS: dict[str, Flags] = {
-    "lora": LORA,
-    "lora_qv": LORA_QV,
+    "lora": {"method": "lora", "lora_alpha": 4, "learning_rate_adapter": 2e-3},
+    "lora_qv": {"method": "lora", "targets": "qv", "rank": 8, "lora_alpha": 16, "learning_rate_adapter": 1e-3},
     "plain": PLAIN,
     "plain_h240": {**PLAIN, "num_vectors": 240},
     "vblora_all": {**PLAIN, "learning_rate_vector_bank": 4e-3},  # MiniLM's row of that name: the paper's settings
@@ -60,8 +58,6 @@ ROWS: dict[str, Flags] = {
     # The rates fall as the root of the share of the steps that is left, not linearly.
     "recipe_root": {**RECIPE, **ROOT_DECAY},
     "recipe_small_root": {**RECIPE, "recipe_bytes": SMALL, **ROOT_DECAY},
-    "lora_root": {**LORA, **ROOT_DECAY},
-    "lora_qv_root": {**LORA_QV, **ROOT_DECAY},
     # One thing taken out of the recipe, or put in, at as many bytes.
     "recipe_k2": {**RECIPE, "topk": 2},
     "recipe_k3": {**RECIPE, "topk": 3},

@@ -71,6 +71,13 @@ def test_flags_go_before_the_file_before_the_row_before_defaults(suffix, tmp_pat
     assert settings.overrides == {**more, "rank": "16", "num_train_epochs": "2"}
 
 
+def test_the_recipe_brings_its_warm_up_where_nothing_else_chose_one():
+    model = ("--model_name_or_path", "m", "--recipe", "true")
+    assert table(read(*model))["warmup_steps"] == ["0.06", "recipe"]
+    assert read(*model, "--warmup_steps", "3").of(TrainingArguments).warmup_steps == 3
+    assert read(*model[:2]).of(TrainingArguments).warmup_steps == 0
+
+
 def test_the_same_by_a_file_and_by_flags_is_the_same_run(tmp_path):
     file = tmp_path / "run.yml"
     file.write_text(

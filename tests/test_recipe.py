@@ -152,6 +152,29 @@ def test_the_start_and_the_rates_come_from_the_widths():
     assert vblora.recipe(build("stack"), TARGETS, lora_rate=1e-3).rates["lr_vector_bank"] == 2e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2, 10, 189])
+def test_the_schedule_is_transformers_linear_one(steps):
+    """Which is what the scripts train with."""
+    from transformers import TrainingArguments
+    from transformers.optimization import get_linear_schedule_with_warmup
+
+    chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40)
+    rising = TrainingArguments(warmup_steps=chosen.warmup, report_to=[]).get_warmup_steps(steps)
+    rates = []
+    for make in (chosen.schedule, lambda optimizer, steps: get_linear_schedule_with_warmup(optimizer, rising, steps)):
+        optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr": rate} for rate in (4e-3, 1e-3, 0.0)])
+        schedule = make(optimizer, steps)
+        rates.append([])
+        for _ in range(steps + 1):
+            rates[-1].append(schedule.get_last_lr())
+            optimizer.step()
+            schedule.step()
+    torch.testing.assert_close(*map(torch.tensor, rates))
+    assert rates[0][0] == rates[0][-1] == [0, 0, 0] and (steps == 1 or rates[0][rising] == [4e-3, 1e-3, 0])
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        chosen.schedule(optimizer, 0)
+
+
 def test_mixtures_start_larger_and_have_a_rate_for_their_logits():
     one, two = (vblora.recipe(build("stack"), TARGETS, num_vectors=40, topk=k) for k in (1, 2))
     assert two.rates["lr_logits"] == 3e-2

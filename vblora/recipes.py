@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from vblora import counts
 from vblora.config import VBLoRAConfig
@@ -75,6 +77,21 @@ class Recipe:
     def param_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """`vblora.param_groups` of the adapted model with the recipe's rates; `lr` is the head's."""
         return param_groups(model, lr, weight_decay=weight_decay, **self.rates)
+
+    def schedule(self, optimizer: Optimizer, steps: int) -> LambdaLR:
+        """The rates over so many steps; `step` it after each of the optimiser's. With w = warmup * steps, at step t:
+
+            t / w up to w, and (steps - t) / (steps - w) from there, times each group's rate
+
+        It is transformers' linear schedule.
+
+        Raises:
+            ValueError: less than one step.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        rising = math.ceil(self.warmup * steps)  # as transformers counts a share
+        return LambdaLR(optimizer, lambda t: t / rising if t < rising else max(0, steps - t) / max(1, steps - rising))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for a record."""

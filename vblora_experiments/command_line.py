@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar, Union
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from vblora.recipes import WARMUP
 from vblora_experiments import bars, commands, runs
 from vblora_experiments.arguments import MethodArguments, split
 from vblora_experiments.config_files import read_config
@@ -170,7 +171,10 @@ class Script:
             action.required = action.required and action.dest not in values
         namespace = parser.parse_args(arguments)
         sources |= dict.fromkeys(given, FLAG)
-        changes = self.adjust(namespace, {*row, *config, *told, *given})
+        chosen = {*row, *config, *told, *given}
+        changes = self.adjust(namespace, chosen)
+        if namespace.recipe and "warmup_steps" not in chosen:
+            changes["warmup_steps"] = (WARMUP, "recipe")
         if sources.get("disable_tqdm") is None:
             changes["disable_tqdm"] = (bars.are_hidden(), DEFAULT)
         if namespace.plan:  # of what may run elsewhere
