@@ -202,6 +202,12 @@ SEARCHED = {
     "equal_gradients": "equal gradients",
     "by_gradient": "by gradient",
     "rows_apart": "rows apart",
+    "signs": "signs",
+    "isometric": "isometric",
+    "learned_weights": "weights' rate",
+    "learned_scales": "scales' rate",
+    "schedule": "rates fall",
+    "adam_beta2": "beta2",
 }
 
 
@@ -216,7 +222,7 @@ def search_table(search: Mapping[str, Any]) -> str:
     for group in sorted(groups.values(), key=lambda group: mean(one["matthews_correlation"][-1] for one in group)):
         values = [group[0]["settings"].get(name, "") for name in names]
         scores = [100 * one["matthews_correlation"][-1] for one in sorted(group, key=lambda one: one["seed"])]
-        shown = [f"{value:g}" if value != "" else "" for value in values]
+        shown = [value if isinstance(value, str) else f"{value:g}" for value in values]
         stored = f"{group[0]['stored_parameters']:,}"
         lines.append([group[0]["method"], *shown, stored, " ".join(f"{score:.1f}" for score in scores)])
     titles = [SEARCHED[name] for name in names]
