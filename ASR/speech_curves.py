@@ -71,9 +71,9 @@ def draw(panels: Panels, path: Path) -> None:
         1, len(panels), figsize=(6.5 * len(panels), 6.5), squeeze=False, layout="constrained"
     )
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        colours = pyplot.get_cmap("tab10" if len(lines) <= 10 else "tab20").colors
+        colours = pyplot.get_cmap("tab10" if len(lines) <= 10 else "tab20")
         for number, (name, group) in enumerate(lines.items()):
-            colour, stored = colours[number % len(colours)], group[0]["stored_parameters"]["parameters"]
+            colour, stored = colours(number % colours.N), group[0]["stored_parameters"]["parameters"]
             for record in group:
                 for point in record["curve"]:
                     axis.plot(point["step"], point["loss"], ".", color=colour, alpha=0.4)
