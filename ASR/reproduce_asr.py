@@ -8,9 +8,9 @@
 --data_dir holds a folder for each language (it, ru; of FLEURS it_it and so on), each with train.tsv, dev.tsv and
 test.tsv. The model as it is (zero_shot) is always a row, at the row's window and at the whole one of 30 seconds. A run
 trains, transcribes and scores. --targets asks for a row for each of these sets of layers; all runs of a size see
-equally many clips. Flags after "--" go to every run as they are (such as -- --bf16 false), those of a method's settings
-(-- --rank 2) to every run that trains. Run it again to go on: what has a record is not run again, what was interrupted
-goes on.
+equally many clips. Flags after "--" go to every run as they are (such as -- --window 6), those of training
+(-- --rank 2, -- --learning_rate 1e-3) to every run that trains. Run it again to go on: what has a record is not run
+again, what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from vblora_experiments import campaign, commands, schedule, tables
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.campaign import Groups
 from vblora_experiments.rows import check_names
+from vblora_experiments.runs import NEUTRAL, real_flags
 from vblora_experiments.runs import Trial as AnyTrial
-from vblora_experiments.runs import real_flags
 from vblora_experiments.whisper_counts import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,11 +154,13 @@ def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[T
 
 
 def _taken(row_name: str, extra: Mapping[str, str]) -> Mapping[str, str]:
-    """Of the flags for every run those that this row's takes: what trains nothing has no settings of a method."""
-    if not row_name.endswith(f"/{ZERO_SHOT}"):
+    """Of the flags for every run those that this row's takes: what trains nothing has no settings of training."""
+    if not extra or not row_name.endswith(f"/{ZERO_SHOT}"):
         return extra
-    settings = {field.name for field in fields(MethodArguments)}
-    return {name: value for name, value in extra.items() if name not in settings}
+    from transformers import TrainingArguments  # takes seconds
+
+    of_training = {field.name for kind in (MethodArguments, TrainingArguments) for field in fields(kind)}
+    return {name: value for name, value in extra.items() if name not in of_training or name in NEUTRAL}
 
 
 def _layers(flags: Mapping[str, Any], wanted: Sequence[str]) -> list[tuple[str, dict[str, str]]]:

@@ -157,6 +157,21 @@ def test_a_local_folder_that_is_no_model_is_named(tmp_path):
     assert str(caught.value) == f"{tmp_path}: no config.json in it"
 
 
+def test_a_load_without_the_hub_keeps_its_reason(monkeypatch):
+    """The cache may have a copy, and something else be wrong with it."""
+    monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: False)
+
+    def load():
+        raise OSError("no space left\nand more")
+
+    with pytest.raises(ValueError) as caught:
+        from_hub(load, "someone/model", "--flag DIR")
+    assert str(caught.value) == (
+        "someone/model: the hub cannot be reached, and its cache has no copy that loads (no space left); "
+        "without the hub use --flag DIR"
+    )
+
+
 def test_environment_has_versions_and_no_path():
     environment = records.environment()
     assert {"torch", "transformers", "vblora", "python"} <= environment["versions"].keys()

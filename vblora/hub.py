@@ -31,7 +31,9 @@ def from_hub(load: Callable[[], Loaded], what: str, flag: str) -> Loaded:
         with contextlib.nullcontext() if reachable else _cache_only():
             return load()
     except (OSError, ValueError, RuntimeError) as error:
-        why = str(error).split("\n")[0] if reachable else "the hub cannot be reached and its cache has no copy"
+        why = str(error).split("\n")[0]
+        if not reachable:
+            why = f"the hub cannot be reached, and its cache has no copy that loads ({why})"
         raise ValueError(f"{what}: {why}" + ("" if local else f"; without the hub use {flag}")) from error
 
 

@@ -231,16 +231,21 @@ def test_what_others_print_is_a_note_and_no_row():
     assert "0.5075" not in printed(small, [record(trial, 60.0) for trial in small])
 
 
-def test_settings_of_a_method_go_to_the_rows_that_train(capsys):
-    """zero_shot is always a row, and refuses them."""
-    command = ["asr", "--languages", "it", "--methods", "recipe_small", "--seeds", "0", "--plan"]
-    reproduce_asr.main([*command, "--", "--rank", "2", "--window", "6"])
-    names = [line.split()[0] for line in capsys.readouterr().err.splitlines()[1:-1]]
-    assert names == [
+@pytest.mark.parametrize(("flag", "value"), [("rank", "2"), ("learning_rate", "1e-3"), ("max_steps", "10")])
+def test_settings_of_training_go_to_the_rows_that_train(flag, value, capsys):
+    """zero_shot is always a row, refuses a method's settings, and says the same whatever the trainer's are."""
+    options = campaign.parse(TABLE, ["asr", "--languages", "it", "--methods", "recipe_small", "--seeds", "0", "--plan"])
+    extra = {flag: value, "window": "6", "use_cpu": "true"}
+    jobs = [TABLE.job(trial, options, extra) for trial in TABLE.plan(options, extra)]
+    assert [job.name for job in jobs] == [
         "tiny_en_zero_shot_it_window30_window_6_seed0",
         "tiny_en_zero_shot_it_window_6_seed0",
-        "tiny_en_recipe_small_it_rank_2_window_6_seed0",
+        f"tiny_en_recipe_small_it_{flag}_{value}_window_6_seed0",
     ]
+    assert [f"--{flag}" in job.command for job in jobs] == [False, False, True]
+    assert all("--use_cpu" in job.command for job in jobs)
+    for job in jobs:
+        TABLE.check_flags(job.command[2:])
 
 
 def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):
