@@ -13,6 +13,7 @@ that bank is frozen, and the unseen task has
     refined     the frozen bank and selection; the bank is refined by U V, U (h, q) from zero and V (q, b)
     added       the frozen bank and selection; a small bank of its own is added, of vectors in 8 bits at drawn places
     small       that small bank alone, without the other tasks'
+    added_int4, small_int4   the same with twice as many vectors, in 4 bits
     head        the frozen bank and selection as they are: a head alone
     lorashare   LoRA of the recipe's rank, projected by the package lorashare onto the components of the other three
                 tasks' LoRA adapters; `lora` is the same before it
@@ -28,6 +29,7 @@ import math
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -54,14 +56,14 @@ from vblora_experiments.records import environment
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "many"
 TOGETHER = ("cola", "mrpc", "sst2", "qnli")
-VARIANTS = ("own", "selection", "refined", "added", "small", "head", "lora", "lorashare")
+VARIANTS = ("own", "selection", "refined", "added", "small", "added_int4", "small_int4", "head", "lora", "lorashare")
 HEAD = ("pooler", "classifier")
 MOST_ROWS = 4000  # of a task, so that none has most of the steps
 BATCH, LONGEST, HEAD_RATE = 32, 128, 1e-3
 JOINT_EPOCHS, EPOCHS = 2, 3
 LOGITS_RATE = 0.1  # with the bank frozen the logits have all the learning to do
 REFINED_RANK, REFINED_RATE = 6, 4e-3
-SMALL_BANK = 27  # vectors of 128 numbers: in 8 bits a packed file of less than 5 kB
+SMALL_BANK = {"int8": 27, "int4": 53}  # vectors of 128 numbers: a packed file of less than 5 kB
 
 
 class Rows(NamedTuple):
@@ -182,19 +184,19 @@ def refined(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows)
     return {"scores": scores, "bytes": file_bytes(tensors)}
 
 
-def added(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) -> dict[str, Any]:
+def added(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows, bank: str) -> dict[str, Any]:
     on_the_bank(key, options, model).topk_logits.requires_grad_(False)
-    return small(key, options, model, rows)
+    return small(key, options, model, rows, bank)
 
 
-def small(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows) -> dict[str, Any]:
-    """The last score is that of the packed file, whose vectors are rounded to 8 bits."""
-    chosen = vblora.recipe(model, TARGETS["all"], num_vectors=SMALL_BANK)
+def small(key: Key, options: argparse.Namespace, model: nn.Module, rows: Rows, bank: str) -> dict[str, Any]:
+    """The last score is that of the packed file, whose vectors are rounded to the bits of `bank`."""
+    chosen = vblora.recipe(model, TARGETS["all"], num_vectors=SMALL_BANK[bank])
     adapter = vblora.attach(model, chosen.config, name="small_adapter", seed=key.seed)
     scores = train(model, rows, chosen.param_groups(with_head(model), lr=HEAD_RATE), key.seed)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.vblora.safetensors"
-        size = adapter.pack(path, bank="int8", selection="seed")
+        size = adapter.pack(path, bank=bank, selection="seed")
         adapter.load_tensors(packed.read(path).tensors)
     return {"scores": [*scores[:-1], score(model, rows)], "unrounded": scores[-1], "bytes": size}
 
@@ -312,8 +314,10 @@ RUN_OF: Mapping[str, Callable[[Key, argparse.Namespace, nn.Module, Rows], dict[s
     "own": own,
     "selection": selection,
     "refined": refined,
-    "added": added,
-    "small": small,
+    "added": partial(added, bank="int8"),
+    "small": partial(small, bank="int8"),
+    "added_int4": partial(added, bank="int4"),
+    "small_int4": partial(small, bank="int4"),
     "head": head,
     "lora": lora,
     "lorashare": lorashare,

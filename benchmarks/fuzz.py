@@ -280,6 +280,7 @@ KINDS: dict[str, Kind] = {
     "without checksum, native": Kind(make_old("cut"), read_adapter),
     "packed": Kind(make_packed("plain"), read_adapter),
     "packed, int8": Kind(make_packed("head", bank="int8", weights=8, heads="int8"), read_adapter),
+    "packed, int4": Kind(make_packed("head", bank="int4", weights=8, heads="int8"), read_adapter),
     "packed, shared bank": Kind(make_packed("some", bank="shared", weights=16), read_adapter),
     "packed, from the seed": Kind(make_drawn, read_adapter),
     "packed, split": Kind(make_packed("split"), read_adapter),

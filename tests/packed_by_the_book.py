@@ -24,7 +24,7 @@ def read(data):
     layers = list(expand(description["layers"]))
     h, b, k, r = (config[key] for key in ("num_vectors", "vector_length", "topk", "r"))
     n = sum(r * (-(-i // b) + -(-o // b)) for _, i, o in layers)
-    bank = chunks(floats("vector_bank", stored, codes), b)
+    bank = chunks(floats("vector_bank", stored, codes, h * b), b)
     indices = chunks(bits(stored["topk_indices"][2], n * k, max(1, math.ceil(math.log2(h)))), k)
     weights = [[*row, max(0.0, 1 - sum(row))] for row in mixtures(stored, codes, n, k)]
     vectors = [
@@ -53,13 +53,16 @@ def expand(groups):
                 yield from ([f"{prefix}{number}{suffix}", i, o] for suffix, i, o in items)
 
 
-def floats(name, stored, codes):
+def floats(name, stored, codes, count=None):
     dtype, shape, data = stored[name]
     code = codes.get(name)
     if code == "int8":
         scales = struct.unpack(f"<{shape[0]}f", stored["scale." + name][2])
         whole = struct.unpack(f"{len(data)}b", data)
         return [x * scales[at // (len(whole) // len(scales))] for at, x in enumerate(whole)]
+    if code == "int4":
+        scales = struct.unpack(f"<{len(stored['scale.' + name][2]) // 4}f", stored["scale." + name][2])
+        return [(n - 8) * scales[at // (count // len(scales))] for at, n in enumerate(bits(data, count, 4))]
     if code is None and dtype == "BF16":
         return [struct.unpack("<f", b"\0\0" + data[at : at + 2])[0] for at in range(0, len(data), 2)]
     if code is not None:

@@ -147,7 +147,11 @@ def test_every_safetensors_reader_opens_it(tmp_path):
         assert json.loads(file.metadata()["vblora"])["version"] == packed.VERSION
 
 
-@pytest.mark.parametrize("settings", [{}, {"bank": "int8", "weights": 8}, {"bank": "bfloat16", "weights": 16}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bank": "int8", "weights": 8}, {"bank": "int4", "weights": 8}, {"bank": "bfloat16", "weights": 16}],
+    ids=str,
+)
 @pytest.mark.parametrize("topk", [1, 2, 4])
 def test_the_page_on_the_format_is_enough_to_read_it(topk, settings, tmp_path):
     """By a reader written from the page, in plain Python."""
@@ -201,13 +205,13 @@ def test_the_sizes_that_are_promised(width, layers, b, tmp_path):
     assert sizes["int8", 8] - payload < 1200  # the header
 
 
-BANK_ERROR = {"lossless": 0.0, "float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127}
+BANK_ERROR = {"lossless": 0.0, "float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8, "int8": 0.5 / 127, "int4": 0.5 / 7}
 WEIGHT_ERROR = {"lossless": 0.0, 16: 0.5 / 65535, 8: 0.5 / 255}  # of an interval at most 1 wide
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 6])
 @pytest.mark.parametrize("weights", packed.WEIGHTS)
-@pytest.mark.parametrize("bank", packed.TYPES)
+@pytest.mark.parametrize("bank", [*packed.TYPES, "int4"])
 def test_no_setting_loses_more_than_its_rounding(bank, weights, topk, tmp_path):
     adapter = adapt(build("stack"), num_vectors=30, topk=topk, init_logits_std=2.0)
     directory, file = save_both(adapter, tmp_path, bank=bank, weights=weights)
@@ -239,12 +243,24 @@ def test_rounded_weights_are_mixtures(k, bits, scale):
     assert ends[0][0, 0] == 1 and ends[1].allclose(torch.tensor(1 / k, dtype=torch.float64))
 
 
-def test_int8_keeps_vectors_of_all_sizes():
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (4, 7)])
+def test_whole_numbers_keep_vectors_of_all_sizes(bits, top):
     bank = torch.randn(20, 16) * torch.logspace(-30, 30, 20)[:, None]
     bank[3] = 0
-    whole, scale = encoding.to_int8(bank)
-    back = encoding.from_int8(whole, scale)
-    assert ((back - bank).abs().amax(1) <= 0.51 * bank.abs().amax(1) / 127).all() and not back[3].any()
+    whole, scale = encoding.to_whole(bank, bits)
+    assert whole.abs().max() == top
+    back = encoding.from_whole(whole, scale)
+    assert ((back - bank).abs().amax(1) <= 0.51 * bank.abs().amax(1) / top).all() and not back[3].any()
+
+
+@pytest.mark.parametrize("b", [8, 9])
+def test_a_bank_in_four_bits_takes_half_of_one_in_eight(b, tmp_path):
+    adapter = adapt(build("stack"), num_vectors=5, vector_length=b)
+    stored = {}
+    for bank in ("int8", "int4"):
+        adapter.pack(tmp_path / FILE, bank=bank)
+        stored[bank] = packed.read(tmp_path / FILE).stored["vector_bank"]
+    assert stored == {"int8": ("int8", 5 * b + 20), "int4": ("int4", -(-5 * b // 2) + 20)}
 
 
 def test_numbers_outside_a_type_are_refused(tmp_path):
@@ -271,7 +287,8 @@ def test_a_head_that_is_no_number_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bank": "int4"}, "bank is one of"),
+        ({"bank": "int3"}, "bank is one of"),
+        ({"heads": "int4"}, "heads is one of"),
         ({"weights": 4}, "weights is one of"),
         ({"heads": "zip"}, "heads is one of"),
     ],
@@ -279,8 +296,9 @@ def test_a_head_that_is_no_number_is_refused(tmp_path):
 def test_unknown_settings_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         adapt(build("stack")).pack(tmp_path / FILE, **settings)
-    with pytest.raises(ValueError, match="int8 is offered for VB-LoRA"):
-        adapt(build("stack"), "tied_lora").pack(tmp_path / FILE, bank="int8")
+    for bank in ("int8", "int4"):
+        with pytest.raises(ValueError, match=f"{bank} is offered for VB-LoRA"):
+            adapt(build("stack"), "tied_lora").pack(tmp_path / FILE, bank=bank)
     assert not list(tmp_path.iterdir())
 
 
@@ -300,7 +318,7 @@ def test_indices_take_no_bit_more_than_they_need(count):
 
 def test_bits_lie_as_documented():
     assert encoding.pack_bits(torch.tensor([1, 2, 5]), 3).tolist() == [0b01_010_001, 0b1]
-    with pytest.raises(ValueError, match="behind the last index"):
+    with pytest.raises(ValueError, match="behind the last number"):
         encoding.unpack_bits(torch.tensor([0, 0b10], dtype=torch.uint8), 3, 3)
 
 

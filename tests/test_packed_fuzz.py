@@ -28,6 +28,7 @@ def sound():
     adapters = {
         "split": (adapt(build("gpt2", layers=3), kind="gpt2", **SPLIT), {}),
         "rounded": (adapt(build("stack"), topk=3), {"bank": "int8", "weights": 8}),
+        "four": (adapt(build("stack"), num_vectors=20), {"bank": "int4", "weights": 8}),
         "finer": (adapt(build("stack"), num_vectors=20), {"bank": "bfloat16", "weights": 16}),
         "alone": (adapt(build("stack"), topk=1, vector_length=12, num_vectors=1), {}),
         "head": (adapt(build("bert"), kind="bert", **HEAD), {"heads": "int8"}),

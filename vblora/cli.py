@@ -130,7 +130,7 @@ def _add_pack(commands: Any) -> None:
     types = ("lossless", "float32", "float16", "bfloat16", "int8")
     pack.add_argument(
         "--bank",
-        choices=(*types, "shared"),
+        choices=(*types, "int4", "shared"),
         default="lossless",
         help="type of the vector bank; shared: in a file of its own beside FILE, for all adapters with the same bank",
     )

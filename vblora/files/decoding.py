@@ -14,10 +14,11 @@ from vblora.config import TensorSpec
 from vblora.container import FLOATS, Raw, is_count
 from vblora.files import drawn
 from vblora.files.content import check_floats
-from vblora.files.encoding import bits_for, from_int8, from_planes, from_steps, packed_bytes, unpack_bits
+from vblora.files.encoding import bits_for, from_planes, from_steps, from_whole, packed_bytes, unpack_bits
 from vblora.files.shared_bank import file_of, is_key
 
 SCALE_PREFIX = "scale."
+WHOLE_BITS = {"int8": 8, "int4": 4}  # codes of matrices in whole numbers, with a scale for each row
 
 
 class Reader:
@@ -119,15 +120,8 @@ class Reader:
             raw = self._pop(name, "as it is")
             _require(name, raw, FLOATS, shape)
             tensor = raw.tensor()
-        elif code == "int8":
-            raw = self._pop(name, "int8")
-            _require(name, raw, ("I8",), shape)
-            scale = self.raws.pop(SCALE_PREFIX + name, None)
-            if scale is None or len(raw.shape) < 2:
-                raise ValueError(f"{name} is int8, and lacks a scale for each row of a matrix")
-            _require(SCALE_PREFIX + name, scale, ("F32",), raw.shape[:1])
-            self.stored[name] = ("int8", len(raw.data) + len(scale.data))
-            tensor = from_int8(raw.tensor(), scale.tensor())
+        elif code == "int8" or (code == "int4" and shape is not None):  # int4's shape is not in the file
+            tensor = self._whole(name, code, shape)
         else:
             dtype, planes_shape = _planes_of(name, code)
             raw = self._pop(name, "byte planes")
@@ -137,6 +131,22 @@ class Reader:
             tensor = from_planes(raw.data, dtype, planes_shape)
         check_floats(name, tensor)
         return tensor
+
+    def _whole(self, name: str, code: str, shape: tuple[int, ...] | None) -> Tensor:
+        raw = self._pop(name, code)
+        if code == "int8":
+            _require(name, raw, ("I8",), shape)
+            whole = raw.tensor()
+        else:
+            assert shape is not None
+            _require(name, raw, ("U8",), (packed_bytes(math.prod(shape), 4),))
+            whole = unpack_bits(raw.tensor(), math.prod(shape), 4).view(shape) - 8
+        scale = self.raws.pop(SCALE_PREFIX + name, None)
+        if scale is None or whole.dim() < 2:
+            raise ValueError(f"{name} is {code}, and lacks a scale for each row of a matrix")
+        _require(SCALE_PREFIX + name, scale, ("F32",), tuple(whole.shape[:1]))
+        self.stored[name] = (code, len(raw.data) + len(scale.data))
+        return from_whole(whole, scale.tensor())
 
 
 def _is_shared(code: Any) -> bool:

@@ -1,4 +1,4 @@
-"""How the numbers of a packed file are written: whole numbers in few bits, floats in byte planes, int8, or steps."""
+"""How a packed file's numbers are written: whole numbers in few bits, floats in byte planes, int8 or int4, or steps."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def unpack_bits(data: Tensor, count: int, width: int) -> Tensor:
     """
     if data.numel() != packed_bytes(count, width):
         raise ValueError(
-            f"{count} indices of {width} bits take {packed_bytes(count, width)} bytes, and the file has {data.numel()}"
+            f"{count} numbers of {width} bits take {packed_bytes(count, width)} bytes, and the file has {data.numel()}"
         )
     bits = (data.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1).flatten()
     if bits[count * width :].any():
-        raise ValueError("the unused bits behind the last index are not 0")
+        raise ValueError("the unused bits behind the last number are not 0")
     bits = bits[: count * width].view(count, width)
     values = torch.zeros(count, dtype=torch.int64, device="cpu")
     for j in range(width):
@@ -128,17 +128,21 @@ def _plane(stored: bytes | bytearray | memoryview, size: int) -> bytes | bytearr
 # --- Floats, rounded ----------------------------------------------------------------------------------------------
 
 
-def to_int8(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix's rows as int8 and a float32 scale per row (its largest magnitude / 127): tensor = int8 * scale."""
+def to_whole(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """A matrix's rows as whole numbers of so many bits (in int8) and a float32 scale per row: tensor = whole * scale.
+
+    A row's scale is its largest magnitude divided by the largest whole number, 2^(bits - 1) - 1.
+    """
+    top = 2 ** (bits - 1) - 1
     rows = tensor.detach().float().flatten(1)  # (rows, columns)
-    scale = rows.abs().amax(dim=1) / 127 if rows.numel() else torch.zeros(len(rows), device="cpu")
+    scale = rows.abs().amax(dim=1) / top if rows.numel() else torch.zeros(len(rows), device="cpu")
     divisor = torch.where(scale > 0, scale, 1)
-    whole = (rows / divisor.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+    whole = (rows / divisor.unsqueeze(1)).round().clamp(-top, top).to(torch.int8)
     return whole.reshape(tensor.shape), scale
 
 
-def from_int8(whole: Tensor, scale: Tensor) -> Tensor:
-    """The float32 tensor that `to_int8` rounded."""
+def from_whole(whole: Tensor, scale: Tensor) -> Tensor:
+    """The float32 tensor that `to_whole` rounded."""
     if not torch.isfinite(scale).all() or (scale < 0).any():
         raise ValueError("a scale is negative, NaN or infinite")
     return (whole.float().flatten(1) * scale.unsqueeze(1)).reshape(whole.shape)

@@ -22,9 +22,9 @@ from vblora.container import FLOATS, Raw, checksum, deserialize, is_count, opene
 from vblora.experts import layers_among
 from vblora.files import drawn, shared_bank
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
-from vblora.files.decoding import SCALE_PREFIX, Reader
+from vblora.files.decoding import SCALE_PREFIX, WHOLE_BITS, Reader
 from vblora.files.directory import HEAD_PREFIX
-from vblora.files.encoding import bits_for, pack_bits, to_int8, to_planes, to_steps
+from vblora.files.encoding import bits_for, pack_bits, to_planes, to_steps, to_whole
 from vblora.files.layer_names import compact, expand, fingerprint
 from vblora.io import replacing
 from vblora.shapes import LayerShape, check_rank
@@ -36,6 +36,7 @@ HEADER, CHECKSUM = "vblora", "sha256"  # the keys of safetensors' metadata
 FLOAT_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TYPES = ("lossless", *FLOAT_TYPES, "int8")
 SHARED = "shared"
+BANKS = (*TYPES, "int4", SHARED)
 SELECTIONS = ("indices", "seed")
 WEIGHTS: tuple[str | int, ...] = ("lossless", 16, 8)
 KEYS = {"version", "method", "config", "layers", "fingerprint", "codes", "base_model", "init_seed", "conv1d"}
@@ -61,11 +62,11 @@ def write(
     Args:
         content: an adapter, or what `Adapter.content` or `read` gave.
         path: by convention NAME.vblora.safetensors.
-        bank: "lossless", "float32", "float16", "bfloat16" or "int8" (with a scale per vector). For the other methods
-            this is the type of all their tensors, and "int8" is refused. "shared": not in this file, but in one beside
-            it that is called by its checksum, once for all adapters that have the same bank.
+        bank: "lossless", "float32", "float16", "bfloat16", "int8" or "int4" (both with a scale per vector). For the
+            other methods this is the type of all their tensors, and int8 and int4 are refused. "shared": not in this
+            file, but in one beside it that is called by its checksum, once for all adapters that have the same bank.
         weights: "lossless", 16 or 8: bits of a weight of the admixture.
-        heads: as `bank`, but not shared; int8 with a scale per row, for matrices only.
+        heads: as `bank`, but neither shared nor int4; int8 with a scale per row, for matrices only.
         selection: "seed" leaves out the indices (and weights) that the adapter's seed draws again, where the selection
             never moved (k = 1, or logits that were not trained). Readers need a processor that draws as this one.
 
@@ -174,7 +175,7 @@ def _drawn_again(content: Content) -> dict[str, Any]:
 
 
 def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads: str, selection: str) -> None:
-    choices = (("bank", bank, (*TYPES, SHARED)), ("heads", heads, TYPES), ("selection", selection, SELECTIONS))
+    choices = (("bank", bank, BANKS), ("heads", heads, TYPES), ("selection", selection, SELECTIONS))
     for what, value, known in choices:
         if value not in known:
             raise ValueError(f"{what} is one of {', '.join(known)}, not {value!r}")
@@ -184,8 +185,8 @@ def _check_settings(config: AdapterConfig, bank: str, weights: str | int, heads:
         raise ValueError(f"{config.method} has no bank to share")
     if weights not in WEIGHTS:
         raise ValueError(f"weights is one of {', '.join(map(str, WEIGHTS))}, not {weights!r}")
-    if type(config) is not VBLoRAConfig and bank == "int8":
-        raise ValueError(f"int8 is offered for VB-LoRA's bank, not for {config.method}: use float16 or bfloat16")
+    if type(config) is not VBLoRAConfig and bank in WHOLE_BITS:
+        raise ValueError(f"{bank} is offered for VB-LoRA's bank, not for {config.method}: use float16 or bfloat16")
 
 
 def _header(content: Content, codes: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def _put_weights(raws: dict[str, Raw], codes: dict[str, Any], tensor: Tensor, we
 
 
 def _put(raws: dict[str, Raw], codes: dict[str, Any], name: str, tensor: Tensor, setting: str) -> None:
-    """Write one tensor as its setting asks; what are no floats, and vectors instead of int8, as they are."""
+    """Write one tensor as its setting asks; what are no floats, and vectors instead of whole numbers, as they are."""
     if not tensor.is_floating_point():
         raws[name] = Raw.of(tensor)
         return
@@ -238,10 +239,10 @@ def _put(raws: dict[str, Raw], codes: dict[str, Any], name: str, tensor: Tensor,
         if not torch.isfinite(rounded).all():
             raise ValueError(f"{name} has numbers that {setting} cannot hold: use bfloat16, float32 or lossless")
         raws[name] = Raw.of(rounded)
-    elif setting == "int8" and tensor.dim() > 1:
-        whole, scale = to_int8(tensor)
-        raws[name], raws[SCALE_PREFIX + name] = Raw.of(whole), Raw.of(scale)
-        codes[name] = "int8"
+    elif setting in WHOLE_BITS and tensor.dim() > 1:
+        whole, scale = to_whole(tensor, WHOLE_BITS[setting])
+        raws[name] = Raw.of(whole if setting == "int8" else pack_bits(whole.cpu() + 8, 4))
+        raws[SCALE_PREFIX + name], codes[name] = Raw.of(scale), setting
     else:
         raws[name] = Raw.of(tensor)
         if raws[name].dtype in FLOATS and (planes := to_planes(tensor)) is not None:
