@@ -52,6 +52,7 @@ SETTINGS: list[tuple[str, str | int, str]] = [
     ("int8", 16, "float16"),
     ("int8", 8, "float16"),
     ("int8", 8, "int8"),
+    ("int4", 8, "int8"),
 ]
 SHARED: list[tuple[str, str | int, str]] = [("shared", 16, "float16"), ("shared", 8, "float16")]
 
@@ -131,7 +132,9 @@ def measure(content: packed.Content, score: Any, trained: float | None) -> dict[
     result: dict[str, Any] = {"peft_bytes": _peft_bytes(content), "peft_bytes_without_heads": _peft_bytes(alone)}
     result |= {"task": score.task.name if score else None, "trained_score": trained, "rows": []}
     for bank, weights, heads in SHARED if score and score.has_shared_bank else SETTINGS:
-        if bank == "int8" and (content.config.method != "vblora" or (heads == "int8" and not content.heads)):
+        if bank in ("int8", "int4") and content.config.method != "vblora":
+            continue
+        if (bank, heads) == ("int8", "int8") and not content.heads:  # the row before it
             continue
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "a.vblora.safetensors"

@@ -45,7 +45,7 @@ def test_a_run_is_scored_in_every_setting(method, benchmark, encoder, data, tmp_
     benchmark.main([str(run), *places, "--record", str(tmp_path / "record.json")])
     result = read_json(tmp_path / "record.json")["adapters"]["run"]
     assert result["rows"][0]["score"] == pytest.approx(result["trained_score"], abs=1e-6)
-    assert len(result["rows"]) == (7 if method == "vblora" else 4)
+    assert len(result["rows"]) == (8 if method == "vblora" else 4)
     assert "the run's record has" in capsys.readouterr().out
     if method == "vblora":
         pack_directory(run / "best", tmp_path / "a.vblora.safetensors")
@@ -68,7 +68,7 @@ def test_a_run_on_anothers_bank_is_packed_without_it_and_sizes_are_drawn(benchma
     capsys.readouterr()
     benchmark.main(["--show", str(record)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("| largest error | change on CoLA |") and len(lines) == 2 + 7 + 2
+    assert lines[0].endswith("| largest error | change on CoLA |") and len(lines) == 2 + 8 + 2
     assert lines[2].startswith("| lossless | lossless | lossless |") and lines[2].endswith("| 0 | +0.00 |")
     picture = tmp_path / "bytes.png"
     folder = sizes.ROOT / "results" / "glue_minilm"
