@@ -55,6 +55,7 @@ from vblora_experiments.records import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "many"
+DATA_FILE = "data.json"  # the fingerprints of the tasks' rows
 TOGETHER = ("cola", "mrpc", "sst2", "qnli")
 VARIANTS = ("own", "selection", "refined", "added", "small", "added_int4", "small_int4", "head", "lora", "lorashare")
 HEAD = ("pooler", "classifier")
@@ -92,6 +93,7 @@ def main(arguments: list[str]) -> None:
         paths = {key: options.records / f"{key.name}.json" for key in keys}
         found = {key: read_json(path) for key, path in paths.items() if path.exists()}
     else:
+        require_same_data(options.runs, options.glue_dir)
         found = {key: kept_or_run(key, options) for key in bars.bar(keys, "runs")}
     print(table(found))
 
@@ -118,6 +120,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------
+
+
+def require_same_data(runs: Path, glue_dir: Path) -> None:
+    """Refuse a folder whose runs are on other rows: what has a record there would pass for one on these."""
+    now = {task: load_task(task, glue_dir / TASKS[task].folder).fingerprint for task in TOGETHER}
+    before = read_json(runs / DATA_FILE) if (runs / DATA_FILE).exists() else now
+    if other := [task for task in TOGETHER if before.get(task) != now[task]]:
+        raise ValueError(f"{runs} holds runs on other rows of {', '.join(other)}: give another --runs")
+    write_json(runs / DATA_FILE, now)
 
 
 def kept_or_run(key: Key, options: argparse.Namespace) -> dict[str, Any]:

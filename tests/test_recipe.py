@@ -144,9 +144,9 @@ def shapes_of(model):
 
 
 def test_the_start_and_the_rates_come_from_the_widths():
-    """Sub-vectors of 32: A has one of each 32 wide layer and two of each 64 wide one, for each of r rows."""
+    """Sub-vectors of 16: A has two of each 32 wide layer and four of each 64 wide one, for each of r rows."""
     chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40)
-    assert chosen.config.vector_length == 32 and chosen.config.topk == 1 and chosen.config.init_vectors_of_a == 10
+    assert chosen.config.vector_length == 16 and chosen.config.topk == 1 and chosen.config.init_vectors_of_a == 10
     assert chosen.config.init_vector_bank_bound == pytest.approx(3 * math.sqrt((1 / 32 + 2 / 64) / 3))
     assert chosen.rates == {"lr_vector_bank": pytest.approx(2 * 2e-3 * 384 / 32), "lr_logits": 0.0}
     assert vblora.recipe(build("stack"), TARGETS, lora_rate=1e-3).rates["lr_vector_bank"] == 2e-3
@@ -171,8 +171,9 @@ def test_the_schedule_is_transformers_linear_one(steps):
             schedule.step()
     torch.testing.assert_close(*map(torch.tensor, rates))
     assert rates[0][0] == rates[0][-1] == [0, 0, 0] and (steps == 1 or rates[0][rising] == [4e-3, 1e-3, 0])
-    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
-        chosen.schedule(optimizer, 0)
+    for wrong in (0, 2.5, True, "10", None):
+        with pytest.raises(ValueError, match=f"steps must be a whole number from 1 up, not {wrong!r}"):
+            chosen.schedule(optimizer, wrong)
 
 
 def test_mixtures_start_larger_and_have_a_rate_for_their_logits():
@@ -181,7 +182,7 @@ def test_mixtures_start_larger_and_have_a_rate_for_their_logits():
     assert 1 < two.config.init_vector_bank_bound / one.config.init_vector_bank_bound < math.sqrt(2)
 
 
-@pytest.mark.parametrize("budget", [3000, 8000, 60_000])
+@pytest.mark.parametrize("budget", [3000, 4500, 6000])
 def test_the_bank_is_the_largest_that_fits(budget):
     model = build("stack")
     chosen = vblora.recipe(model, TARGETS, max_bytes=budget, vector_length=8)
@@ -189,6 +190,15 @@ def test_the_bank_is_the_largest_that_fits(budget):
     h = chosen.config.num_vectors
     assert chosen.stored.bytes == count_vblora(shapes_of(model), num_vectors=h, **sizes).bytes <= budget
     assert count_vblora(shapes_of(model), num_vectors=h + 1, **sizes).bytes > budget
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+def test_no_bank_has_more_vectors_than_are_selected(topk):
+    model = build("stack")
+    chosen = vblora.recipe(model, TARGETS, max_bytes=10**9, vector_length=8, topk=topk)
+    assert chosen.config.num_vectors == topk * 4 * (4 + 8) * 4  # r 4, four layers of 32 and 64
+    reasons = {choice.name: choice.reason for choice in chosen.choices}
+    assert reasons["num_vectors"] == "as many as the sub-vectors select: more would lie idle"
 
 
 def test_without_a_budget_it_is_a_fifth_of_loras_numbers():
@@ -228,12 +238,66 @@ def test_its_groups_train_the_adapter():
         ({"num_vectors": 1}, "num_vectors 1 "),
         ({"lora_rate": -1.0}, "lora_rate"),
         ({"max_bytes": 2.5}, "max_bytes"),
+        ({"lora_rate": True}, "lora_rate must be a number above 0, not True"),
         ({"r": 0}, "r must be"),
+        ({"r": 65}, "r 65 is above every width"),
+        *[({"topk": wrong}, f"topk must be a whole number from 1 up, not {wrong!r}") for wrong in (0, "2", 1.5, True)],
+        ({"speed": 1}, "unknown setting of vblora: speed"),
+        ({"init_vector_bank_bound": 0}, "init_vector_bank_bound must be a number above 0"),
+        ({"init_logits_std": 0}, "init_logits_std 0 lets all sub-vectors start on the same vectors"),
+        ({"num_vectors": 10, "init_vectors_of_a": 10}, "of the 10 vectors"),
     ],
 )
 def test_what_cannot_be_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         vblora.recipe(build("stack"), TARGETS, **wrong)
+
+
+@pytest.mark.parametrize("given", [{"num_vectors": 300, "init_vectors_of_a": 270}, {"num_vectors": 10, "topk": 1}])
+def test_the_start_is_held_to_the_bank_that_is_chosen(given):
+    """Not to the defaults of `VBLoRAConfig`, 256 vectors of which two are selected."""
+    chosen = vblora.recipe(build("stack"), TARGETS, **{"init_vectors_of_a": 1, **given})
+    assert chosen.config.init_vectors_of_a == given.get("init_vectors_of_a", 1)
+
+
+@pytest.mark.parametrize(
+    ("widths", "length"),
+    [
+        *[((256, 256), 128), ((768, 3072), 256), ((384, 384), 128), ((576, 192), 64), ((16, 16), 8)],
+        *[((60, 60), 30), ((100, 37), 50), ((1000, 1030), 128), ((8, 8), 4), ((1, 1), 1)],
+    ],
+)
+def test_a_row_of_a_has_two_sub_vectors_at_least(widths, length):
+    """With one, rows that draw the same vector are the same, and the update has a lower rank than r."""
+    chosen = vblora.recipe(torch.nn.Sequential(torch.nn.Linear(*widths)), ["0"], r=1, num_vectors=4)
+    assert chosen.config.vector_length == length
+
+
+@pytest.mark.parametrize("std", [0.01, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize("topk", [1, 2, 3])
+@pytest.mark.parametrize("of_a", [0, 30])
+def test_a_starts_three_times_as_large_as_loras(of_a, topk, std):
+    """LoRA's rows are uniform with variance 1 / (3 in): Kaiming's, of which a is sqrt(5)."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+    chosen = vblora.recipe(model, ["0"], r=128, topk=topk, num_vectors=200, init_logits_std=std, init_vectors_of_a=of_a)
+    adapter = vblora.attach(model, chosen.config, seed=0)
+    a, _ = adapter.content().factors()["0"]
+    assert float(a.std()) == pytest.approx(3 * math.sqrt(1 / (3 * 256)), rel=0.1)
+
+
+def test_a_run_that_trains_otherwise_says_so():
+    chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40, topk=2)
+    same = chosen.trained_with(chosen.rates, chosen.warmup, chosen.max_grad_norm)
+    assert same == chosen
+    other = chosen.trained_with({"lr_vector_bank": 1e-3, "lr_logits": None}, 20, 0.3, "cosine")
+    shown = {choice.name: (choice.value, choice.reason) for choice in other.choices}
+    assert shown["rate of the bank"] == (1e-3, "as given") and "rate of the logits" not in shown
+    assert shown["warm-up"] == (20, "steps, then cosine, as given")
+    assert shown["gradient clipped to"] == (0.3, "as given")
+    assert other.to_dict()["rates"] == {"lr_vector_bank": 1e-3} and other.to_dict()["warmup"] == 20
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = other.schedule(optimizer, 100)
+    assert schedule.lr_lambdas[0](10) == 0.5 and schedule.lr_lambdas[0](20) == 1
 
 
 def test_the_flag_leaves_the_rates_to_the_recipe_and_older_plans_as_they_were():
@@ -245,6 +309,10 @@ def test_the_flag_leaves_the_rates_to_the_recipe_and_older_plans_as_they_were():
         MethodArguments(method="lora", recipe=True).settings(TARGETS, None)
     with pytest.raises(ValueError, match="without --recipe"):
         MethodArguments(recipe_bytes=5000).settings(TARGETS, None)
+    with pytest.raises(ValueError, match="--recipe_bytes and --num_vectors decide the same"):
+        MethodArguments(recipe=True, recipe_bytes=5000, num_vectors=30).settings(TARGETS, None)
+    with pytest.raises(ValueError, match="--recipe_lora_rate and --learning_rate_vector_bank decide the same"):
+        MethodArguments(recipe=True, recipe_lora_rate=1e-3, learning_rate_vector_bank=1e-3).settings(TARGETS, None)
 
 
 def test_scripts_take_it_for_layers_that_are_several_in_one():

@@ -225,6 +225,8 @@ class VBLoRAConfig(AdapterConfig):
                 f"init_vectors_of_a {self.init_vectors_of_a} leaves A or B fewer than topk {self.topk} of the "
                 f"{self.num_vectors} vectors: give 0, or {self.topk} to {self.num_vectors - self.topk}"
             )
+        if not self.init_logits_std and (self.init_vectors_of_a or self.init_by_kind):
+            raise ValueError("init_logits_std 0 lets all sub-vectors start on the same vectors: give a number above 0")
 
     def to_dict(self) -> dict[str, Any]:
         """As everywhere; a start that is not divided is not mentioned, so that older versions read it too."""

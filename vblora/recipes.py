@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from vblora import counts
 from vblora.config import VBLoRAConfig
 from vblora.groups import param_groups
-from vblora.shapes import Count, LayerShape, tiles
+from vblora.shapes import Count, LayerShape, check_rank, tiles
 from vblora.targets import find_targets, layer_shapes
 
 RANK = 4
@@ -39,6 +39,7 @@ LOGITS_STD, LOGITS_RATE = 3.0, 3e-2
 WARMUP, MAX_GRAD_NORM = 0.06, 1.0
 LONGEST = 256  # of a sub-vector, as in the paper
 SHORTEST = 16
+RATE_OF = {"lr_vector_bank": "rate of the bank", "lr_logits": "rate of the logits"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Choice:
         value = f"{self.value:.4g}" if isinstance(self.value, float) else f"{self.value:,}"
         return f"{self.name:<24} {value:>8}  {self.reason}"
 
+    def given(self, value: Any) -> Choice:
+        """The same number with another value, where that is one and another."""
+        return self if value in (None, self.value) else Choice(self.name, value, "as given")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -61,7 +66,8 @@ class Recipe:
     Attributes:
         config: for `vblora.attach`.
         rates: learning rates beside the head's, as `vblora.param_groups` takes them.
-        warmup: share of the steps over which the rates rise; they fall linearly to zero afterwards.
+        warmup: share of the steps over which the rates rise, or from 1 up their number; they fall linearly to zero
+            afterwards.
         max_grad_norm: what the gradient is clipped to.
         stored: what the trained adapter stores.
         choices: the numbers and their reasons.
@@ -86,12 +92,26 @@ class Recipe:
         It is transformers' linear schedule.
 
         Raises:
-            ValueError: less than one step.
+            ValueError: steps is no whole number from 1 up.
         """
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, not {steps}")
-        rising = math.ceil(self.warmup * steps)  # as transformers counts a share
+        _require_whole(steps=steps)
+        rising = math.ceil(self.warmup * (steps if self.warmup < 1 else 1))  # as transformers counts a share
         return LambdaLR(optimizer, lambda t: t / rising if t < rising else max(0, steps - t) / max(1, steps - rising))
+
+    def trained_with(
+        self, rates: Mapping[str, float | None], warmup: float, max_grad_norm: float, decay: str = "linear"
+    ) -> Recipe:
+        """The recipe of a run that may train otherwise: what differs is said to be given. A rate of None is none."""
+        own = {name: rate for name in self.rates if (rate := rates.get(name)) is not None}
+        given = {RATE_OF[name]: rate for name, rate in own.items()}
+        given |= {"warm-up": warmup, "gradient clipped to": max_grad_norm}
+        left_out = {RATE_OF[name] for name in self.rates.keys() - own.keys()}
+        choices = [choice.given(given.get(choice.name)) for choice in self.choices if choice.name not in left_out]
+        if decay != "linear" or warmup >= 1:
+            unit = "of the steps" if warmup < 1 else "steps"
+            then = Choice("warm-up", warmup, f"{unit}, then {decay}{' to zero' if decay == 'linear' else ''}, as given")
+            choices = [then if choice.name == "warm-up" else choice for choice in choices]
+        return replace(self, rates=own, warmup=warmup, max_grad_norm=max_grad_norm, choices=tuple(choices))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for a record."""
@@ -142,22 +162,30 @@ def recipe(
     """
     if max_bytes is not None and num_vectors is not None:
         raise ValueError("max_bytes and num_vectors both decide the size of the bank: give one of them")
-    for name, value in (("max_bytes", max_bytes), ("num_vectors", num_vectors), ("vector_length", vector_length)):
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+    _require_whole(topk=topk)
+    sizes = {"max_bytes": max_bytes, "num_vectors": num_vectors, "vector_length": vector_length}
+    _require_whole(**{name: value for name, value in sizes.items() if value is not None})
     if num_vectors is not None and num_vectors < 2 * topk:
         raise ValueError(f"num_vectors {num_vectors} is too few: A and B need topk {topk} each")
-    if lora_rate is not None and not (isinstance(lora_rate, (int, float)) and 0 < lora_rate < math.inf):
-        raise ValueError(f"lora_rate must be a number above 0, not {lora_rate!r}")
-    probe = VBLoRAConfig(r=r, target_modules=target_modules, **settings)
+    for name, value in (("lora_rate", lora_rate), ("init_vector_bank_bound", settings.get("init_vector_bank_bound"))):
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a number above 0, not {value!r}")
+    if unknown := sorted(settings.keys() - {field.name for field in fields(VBLoRAConfig)}):
+        raise ValueError(f"unknown setting of vblora: {', '.join(unknown)}")
+    # The start's settings are looked at with the bank's size, below.
+    looks = {name: value for name, value in settings.items() if not name.startswith("init_")}
+    probe = VBLoRAConfig(r=r, target_modules=target_modules, **looks)
     shapes = layer_shapes(find_targets(model, probe), probe)
+    check_rank(r, shapes)
     b, why_b = _length(shapes) if vector_length is None else (vector_length, "as given")
     h, why_h = (num_vectors, "as given") if num_vectors is not None else _vectors(shapes, r, b, topk, max_bytes)
-    of_a = max(topk, round(SHARE_OF_A * h))
-    bound = SIZE_OF_A * math.sqrt(_mean_inverse_width(shapes, b) / _weights_squared(of_a, topk))
-    start = {"init_vector_bank_bound": bound, "init_logits_std": LOGITS_STD, "init_vectors_of_a": of_a}
-    chosen = {"r": r, "topk": topk, "num_vectors": h, "vector_length": b, **start, **settings}
+    start = {"init_logits_std": LOGITS_STD, "init_vectors_of_a": max(topk, round(SHARE_OF_A * h)), **settings}
+    chosen = {"r": r, "topk": topk, "num_vectors": h, "vector_length": b, **start}
     config = VBLoRAConfig(target_modules=target_modules, **chosen)
+    if "init_vector_bank_bound" not in settings:
+        squared = _mean_inverse_width(shapes, b) / _weights_squared(config)
+        chosen["init_vector_bank_bound"] = SIZE_OF_A * math.sqrt(squared)
+        config = replace(config, init_vector_bank_bound=chosen["init_vector_bank_bound"])
     width = Counter(shape.in_features for shape in shapes).most_common(1)[0][0]
     lora = LORA_RATE * LORA_RATE_WIDTH / width if lora_rate is None else lora_rate
     rates = {"lr_vector_bank": RATE * lora, "lr_logits": LOGITS_RATE if topk > 1 else 0.0}
@@ -183,12 +211,25 @@ def recipe(
     return Recipe(config, rates, WARMUP, MAX_GRAD_NORM, stored, tuple(choices))
 
 
+def _require_whole(**values: Any) -> None:
+    for name, value in values.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a whole number from 1 up, not {value!r}")
+
+
 def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
-    """The longest power of two up to 256 that divides every width."""
+    """The longest power of two up to 256 that divides every width, or up to 128 what may cut a row's last sub-vector.
+
+    At most half the narrowest input: with one sub-vector to a row of A, rows that draw the same vector are the same,
+    and the update's rank is lower than r.
+    """
+    half = max(1, min(shape.in_features for shape in shapes) // 2)
     common = math.gcd(LONGEST, *(width for shape in shapes for width in shape[1:]))
-    if common >= SHORTEST:
-        return common, "the longest power of two up to 256 that divides every width"
-    return LONGEST // 2, "the widths have no long divisor in common: the last sub-vector of a row is cut"
+    while common > half:
+        common //= 2
+    if common >= min(SHORTEST, half):
+        return common, "the longest power of two up to 256 and half a row of A that divides every width"
+    return min(LONGEST // 2, half), "the widths have no long divisor in common: the last sub-vector of a row is cut"
 
 
 def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes: int | None) -> tuple[int, str]:
@@ -202,7 +243,9 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
     def size(h: int) -> int:
         return counts.count_vblora(shapes, r=r, num_vectors=h, vector_length=b, topk=topk).bytes
 
-    h = max(most // (counts.FLOAT32_BYTES * b), 1)
+    h, enough = max(1, most // (counts.FLOAT32_BYTES * b)), topk * counts.sub_vectors(shapes, r, b)
+    if h > enough:
+        h, why = enough, "as many as the sub-vectors select: more would lie idle"
     while h >= 2 * topk and size(h) > most:
         h -= 1
     if h < 2 * topk:
@@ -219,11 +262,14 @@ def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
     return sum(n / shape.in_features for n, shape in zip(parts, shapes, strict=True)) / sum(parts)
 
 
-def _weights_squared(vectors: int, topk: int) -> float:
-    """The expected sum of squares of a mixture's weights when `vectors` logits are drawn: 1 for one vector."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(1000, vectors, generator=generator, device="cpu").abs() * LOGITS_STD
-    return float(drawn.topk(topk).values.softmax(dim=-1).square().sum(dim=-1).mean())
+def _weights_squared(config: VBLoRAConfig) -> float:
+    """The expected sum of squares of the weights of a mixture of A, as its logits are drawn: 1 for one vector."""
+    if config.topk == 1:
+        return 1.0
+    vectors, generator = config.init_vectors_of_a or config.num_vectors, torch.Generator().manual_seed(0)
+    drawn = torch.randn(1000, vectors, generator=generator, device="cpu") * config.init_logits_std
+    drawn = drawn.abs() if config.init_vectors_of_a else drawn
+    return float(drawn.topk(config.topk).values.softmax(dim=-1).square().sum(dim=-1).mean())
 
 
 def _why_topk(topk: int) -> str:

@@ -62,8 +62,10 @@ class AdapterTrainer(AdapterTraining, Trainer):
             # A bank that is frozen has no rate.
             kept = {n: r for n, r in missing.items() if n != "lr_vector_bank" or _trains_bank(adapted.adapter)}
             rates = {**rates, **kept}
+            decay = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+            self.recipe = adapted.recipe.trained_with(rates, args.warmup_steps, args.max_grad_norm, decay)
             if args.process_index == 0:
-                print(adapted.recipe)
+                print(self.recipe)
         super().__init__(model=adapted.model, args=args, rates=rates, **others)
         # Trainer takes every model whose forward has **kwargs as one that divides its loss by the items of the whole
         # batch. Of ours the causal ones do, and label smoothing does; a classifier gives the mean of the rows it sees.

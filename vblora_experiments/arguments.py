@@ -86,7 +86,7 @@ class MethodArguments:
         Raises:
             ValueError: a flag the method has no use for.
         """
-        known = field_names(self.method)
+        known = set() if self.method in WITHOUT_SETTINGS else field_names(self.method)
         chosen: dict[str, Any] = {"target_modules": target_modules, "modules_to_save": modules_to_save}
         if self.method.endswith(".json"):  # what the file says goes before what the task would choose
             in_file = read_config_file(self.method)
@@ -106,10 +106,17 @@ class MethodArguments:
         if self.recipe:
             if self.method != "vblora":
                 raise ValueError(f"--recipe does nothing with --method {self.method}: leave it out")
+            self._require_one_of("recipe_bytes", "num_vectors")
+            self._require_one_of("recipe_lora_rate", "learning_rate_vector_bank")
             chosen[RECIPE] = more
         elif more:
             raise ValueError("--recipe_bytes and --recipe_lora_rate do nothing without --recipe")
         return chosen
+
+    def _require_one_of(self, first: str, second: str) -> None:
+        """Refuse two flags of which one would do nothing."""
+        if getattr(self, first) is not None and getattr(self, second) is not None:
+            raise ValueError(f"--{first} and --{second} decide the same: give one of them")
 
     def rates(self) -> dict[str, float | None]:
         """The learning rates as `vblora.param_groups` takes them, beside the head's.

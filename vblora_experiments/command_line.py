@@ -192,6 +192,7 @@ class Script:
         overrides = runs.real_flags(texts) | runs.overrides(arguments)
         known_sources = {name: sources.get(name, DEFAULT) for name in self._names()}
         settings = Settings(self.name, parts, known_sources, overrides)
+        settings.of(MethodArguments).settings("all-linear", None)  # a flag that does nothing is refused at once
         self.check(settings)
         return settings
 

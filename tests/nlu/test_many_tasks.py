@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,11 @@ def test_every_variant_runs_and_what_has_a_record_is_not_run_again(glue, encoder
     many_tasks.main([*call, "--variants", *variants])
     again = capsys.readouterr().out
     assert again.splitlines() == printed.splitlines()[-len(again.splitlines()) :]
+    shutil.copytree(glue, tmp_path / "other")
+    with (tmp_path / "other" / TASKS["cola"].folder / "train.tsv").open("a") as file:
+        file.write("x\t1\t\tOne more sentence.\n")
+    with pytest.raises(ValueError, match="holds runs on other rows of cola: give another --runs"):
+        many_tasks.main([*call, "--variants", "own", "--glue_dir", str(tmp_path / "other")])
 
 
 def test_a_refined_bank_starts_as_it_was_and_moves_by_the_rank(encoder):

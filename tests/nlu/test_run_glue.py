@@ -192,6 +192,8 @@ def test_rows_are_padded_to_the_longest_of_their_batch_only(flags, monkeypatch):
     ("wrong", "message"),
     [
         (["--method", "lora", "--topk", "3"], "--topk does nothing with --method lora"),
+        (["--method", "lora", "--recipe", "--plan"], "--recipe does nothing with --method lora"),
+        (["--method", "vblora", "--recipe_bytes", "5000", "--plan"], "do nothing without --recipe"),
         (["--method", "full", "--rank", "3"], "--rank does nothing with --method full"),
         (["--method", "lora", "--learning_rate_logits", "0.1"], "lr_logits is given, but"),
         (["--method", "nonesuch"], "PEFT has no method 'nonesuch'"),
@@ -427,3 +429,11 @@ def test_the_recipe_chooses_sizes_and_rates_and_the_record_has_them(flags, tmp_p
     assert rates["weights"] == 4e-3 and record["settings"]["recipe"] is True
     assert chosen["config"] == record["adapter_settings"] and chosen["config"]["init_vectors_of_a"] == 5
     assert "rate of the bank" in capsys.readouterr().out
+    other = ("--learning_rate_vector_bank", "3e-3", "--warmup_steps", "0.5", "--max_grad_norm", "0.3", "--seed", "1")
+    out = ("--output_dir", str(tmp_path / "other"))
+    run_glue.main(flags("--recipe", "--num_vectors", "20", "--num_train_epochs", "1", *other, *out))
+    chosen = read_json(tmp_path / "other" / "record.json")["recipe"]
+    assert chosen["rates"] == {"lr_vector_bank": 3e-3, "lr_logits": 0.0} and rates["vector_bank"] == 3e-3
+    assert (chosen["warmup"], chosen["max_grad_norm"]) == (0.5, 0.3)
+    shown = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
+    assert shown["rate of the bank"] == ["0.003", "as", "given"] and shown["gradient clipped to"][0] == "0.3"
