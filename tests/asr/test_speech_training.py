@@ -20,7 +20,7 @@ import word_errors
 from normalisers import raw
 from speech_data import Clip, read_outputs
 from speech_rows import IGNORED, decoder_inputs, text_tokens
-from vblora.io import read_json, read_tensors
+from vblora.io import read_json, read_tensors, write_json
 from whisper_models import adapts_encoder, load_tokenizer, load_whisper, prompt_of
 
 METHODS = {
@@ -154,6 +154,22 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
     assert not (tmp_path / "run" / "last").exists() and record["prompt"]["token"] == ""
     with pytest.raises(ValueError, match="--method zero_shot trains nothing"):
         run_asr.main(flags("english", "--method", "zero_shot", "--rank", "2"))
+
+
+def test_a_folder_of_zero_shot_is_of_one_run(flags, tones, whispers, cache, tmp_path):
+    """It holds no adapter: what tells it from another window's is the run's plan."""
+    command = ["--method", "zero_shot", "--max_new_tokens", "4"]
+    record, run = run_asr.main(flags("english", *command)), tmp_path / "run"
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(window: 1 before, 2 now\)"):
+        run_asr.main(flags("english", *command, "--window", "2"))
+    for name in ("record.json", "training.json"):
+        (run / name).unlink()
+    with pytest.raises(ValueError, match=r"dev\.tsv has texts of other settings \(run: "):
+        run_asr.main(flags("english", *command, "--window", "2"))
+    (run / "training.json").unlink()
+    note = read_json(run / "dev.decoding.json")
+    write_json(run / "dev.decoding.json", {name: value for name, value in note.items() if name != "run"})
+    assert run_asr.main(flags("english", *command))["test"] == record["test"]  # older notes do not name their run
 
 
 def test_a_fixed_encoder_computed_once_or_in_every_step_gives_one_training(flags, tmp_path):
