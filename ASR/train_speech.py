@@ -42,12 +42,12 @@ from vblora_experiments.whisper_counts import TARGETS
 from whisper_models import (
     WINDOW,
     Prompt,
-    adapts_encoder,
     load_tokenizer,
     load_whisper,
     model_print,
     prompt_of,
     target_modules,
+    trains_encoder,
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -180,9 +180,10 @@ def fit(settings: Settings, sets: tuple[Set, Set], sounds: list[list[str]], plan
     if method.method == ZERO_SHOT:
         write_json(out / TRAINING_FILE, untrained(plan, prompt))
         return
-    rows = rows_of(model, tokenizer, prompt, speech, method.method == "full", sets, sounds)
+    adapted = apply_method(model, method.method, settings_of(method, speech))
+    rows = rows_of(model, tokenizer, prompt, speech, sets, sounds)
     trainer = SpeechTrainer(
-        apply_method(model, method.method, settings_of(method, speech)),
+        adapted,
         method.rates(),
         training,
         train_dataset=rows[0],
@@ -213,18 +214,20 @@ def rows_of(
     tokenizer: Any,
     prompt: Prompt,
     speech: SpeechArguments,
-    full: bool,
     sets: tuple[Set, Set],
     sounds: list[list[str]],
 ) -> list[SpeechRows]:
-    """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs."""
+    """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs.
+
+    The model has its method by now: a configuration may adapt other layers than --targets says.
+    """
     cache = Path(speech.cache_dir)
-    fixed = not full and not adapts_encoder(model, speech.targets) and not speech.spec_augment
+    kept = speech.cache_encoder and not speech.spec_augment and not trains_encoder(model)
     rows = []
     for part, prints in zip(sets, sounds, strict=True):
         texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions)
         heard: Any = features(model, part, prints, speech.window, cache)
-        if fixed and speech.cache_encoder:
+        if kept:
             name = model_print(speech.model_name_or_path)
             heard = encoded_of(heard, model, name, cache)
         rows.append(SpeechRows(heard, texts))

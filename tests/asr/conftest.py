@@ -12,7 +12,6 @@ sys.path.insert(0, str(ROOT / "ASR"))
 
 from speech_helpers import ENGLISH_ONLY, MULTILINGUAL, TEXTS, save_whisper, write_table  # noqa: E402
 
-
 OF_TRAINING = ("num_train_epochs", "per_device_train_batch_size", "learning_rate")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from normalisers import raw
 from speech_data import Clip, read_outputs
 from speech_rows import IGNORED, decoder_inputs, text_tokens
 from vblora.io import read_json, read_tensors, write_json
-from whisper_models import adapts_encoder, load_tokenizer, load_whisper, prompt_of
+from whisper_models import load_tokenizer, load_whisper, prompt_of
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2", "--rank", "2"],
@@ -99,9 +100,11 @@ def test_a_shorter_window_keeps_the_first_positions(whispers, tmp_path):
 
 
 @pytest.mark.parametrize(("targets", "layers"), [("decoder", 20), ("encoder", 12), ("both", 32), ("cross", 8)])
-def test_targets_are_the_layers_of_their_side(targets, layers, whispers, flags, tmp_path):
+def test_targets_are_the_layers_of_their_side(targets, layers, flags, tmp_path, monkeypatch):
     """Two layers a side: 10 linear layers in one of the decoder's, 6 in the encoder's, 4 of the cross-attention."""
-    command = ["--method", "lora", *METHODS["lora"], "--targets", targets, "--max_steps", "1"]
+    command, kept = ["--method", "lora", *METHODS["lora"], "--targets", targets, "--max_steps", "1"], []
+    original = train_speech.encoded_of
+    monkeypatch.setattr(train_speech, "encoded_of", lambda *given: kept.append(1) or original(*given))
     result = train_speech.main(flags("english", *command))
     tensors, _ = read_tensors(tmp_path / "run" / "last" / "adapter_model.safetensors")
     adapted = {name.rpartition(".lora_")[0] for name in tensors}
@@ -110,7 +113,26 @@ def test_targets_are_the_layers_of_their_side(targets, layers, whispers, flags, 
     )
     sides = {side for side in ("encoder", "decoder") for name in adapted if f".{side}." in name}
     assert sides == {"both": {"encoder", "decoder"}, "cross": {"decoder"}}.get(targets, {targets})
-    assert adapts_encoder(load(whispers["english"])[0], targets) == ("encoder" in sides)
+    assert len(kept) == (0 if "encoder" in sides else 2)  # of the training and of the development part
+
+
+ENCODER = r"(.*\.)?encoder\.layers\.\d+\.fc1"
+
+
+@pytest.mark.parametrize("method", ["file", "lora", "vblora", "tied_lora", "vera"])
+def test_an_encoder_that_other_settings_adapt_is_trained(method, flags, tmp_path):
+    """Though --targets says decoder: its outputs are not taken from before the training."""
+    (tmp_path / "lora.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ENCODER})
+    )
+    command = ["--method", str(tmp_path / "lora.json")]
+    if method != "file":
+        settings = METHODS.get(method, ["--rank", "2"])
+        command = ["--method", method, *settings, "--method_settings", json.dumps({"target_modules": ENCODER})]
+    losses = train_speech.main(flags("english", *command))["validation_losses"]
+    assert losses[1] != losses[0]
+    tensors, _ = read_tensors(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    assert all("encoder" in name or "layers" not in name for name in tensors)
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------
