@@ -135,12 +135,12 @@ WORDS = {
 def test_the_unicode_normaliser_keeps_marks_and_apostrophes(text):
     safe, basic = WORDS[text]
     assert unicode_safe(text) == safe == unicode_safe(safe)
-    assert " ".join(normaliser("basic")(text).split()) == basic
+    assert normaliser("basic")(text) == basic
 
 
 def test_english_needs_its_spellings(tmp_path):
     (tmp_path / "normalizer.json").write_text('{"colour": "color"}')
-    assert normaliser("english", tmp_path)("Twenty colours? The colour!") == "20 colours the color"
+    assert normaliser("english", tmp_path)(" Twenty colours? The colour!") == "20 colours the color"
     with pytest.raises(ValueError, match=r"needs normalizer\.json.*--spellings"):
         normaliser("english")
     with pytest.raises(ValueError, match="unknown normaliser 'french'"):
