@@ -181,7 +181,8 @@ def grouped(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> Groups:
         if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
             groups.setdefault(f"{trial.row} {trial.variant}", []).append(record)
     for name, group in groups.items():
-        if len({record["settings"]["data_fingerprint"] for record in group}) > 1:
+        tested = {record["test"]["data"] for record in group if "data" in record["test"]}  # older records lack it
+        if len(tested) > 1 or len({record["settings"]["data_fingerprint"] for record in group}) > 1:
             raise ValueError(f"the records of {name} were made on different data: remove those not meant")
     return groups
 

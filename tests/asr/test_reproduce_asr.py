@@ -195,6 +195,11 @@ def test_the_table_is_of_means_intervals_and_what_was_cut():
     other = record(trials[-1], 54.0, data="other")
     with pytest.raises(ValueError, match="made on different data"):
         printed(trials, [*found[:-1], other])
+    found[-1]["test"]["data"] = "one"
+    assert printed(trials, found)  # older records do not say what they were tested on
+    found[-2]["test"]["data"] = "other"
+    with pytest.raises(ValueError, match="made on different data"):
+        printed(trials, found)
 
 
 def test_curves_are_of_each_row_language_and_flags(tmp_path, capsys):

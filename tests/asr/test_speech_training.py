@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
 from speech_helpers import ENGLISH_ONLY, save_whisper, sound
 from transformers import TrainerCallback, WhisperForConditionalGeneration
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 import run_asr
@@ -18,7 +21,7 @@ import score_speech
 import train_speech
 import transcribe
 import word_errors
-from normalisers import raw
+from normalisers import normaliser, raw
 from speech_data import Clip, read_outputs
 from speech_rows import IGNORED, decoder_inputs, text_tokens
 from vblora.io import read_json, read_tensors, write_json
@@ -176,6 +179,46 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
     assert not (tmp_path / "run" / "last").exists() and record["prompt"]["token"] == ""
     with pytest.raises(ValueError, match="--method zero_shot trains nothing"):
         run_asr.main(flags("english", "--method", "zero_shot", "--rank", "2"))
+
+
+def test_a_changed_test_part_is_refused_where_there_is_a_record(flags, tones, tmp_path):
+    data = shutil.copytree(tones, tmp_path / "data")
+    command = flags("english", "--method", "zero_shot", "--max_new_tokens", "4", "--data_dir", str(data))
+    record, table = run_asr.main(command), data / "test.tsv"
+    assert record["test"]["data"] == read_json(tmp_path / "run" / "test.decoding.json")["data"]
+    table.write_text(table.read_text().replace("do re mi", "do re fa"))
+    with pytest.raises(
+        ValueError, match=r"record of another test part: .*test\.tsv or its recordings have changed; put"
+    ):
+        run_asr.main(command)
+    file = tmp_path / "run" / "record.json"
+    write_json(file, {**record, "test": {name: value for name, value in record["test"].items() if name != "data"}})
+    assert "data" not in run_asr.main(command)["test"]  # as records were
+
+
+def test_a_wrong_test_part_is_found_before_the_training(flags, tones, tmp_path, monkeypatch):
+    data = shutil.copytree(tones, tmp_path / "data")
+    monkeypatch.setattr(train_speech, "train", lambda settings: pytest.fail("trained first"))
+    command = flags("english", "--method", "lora", *METHODS["lora"], "--data_dir", str(data))
+    (data / "test.tsv").write_text("path\ttext\nnone.wav\tdo\n")
+    with pytest.raises(ValueError, match=r"test\.tsv, line 2: no recording"):
+        run_asr.main(command)
+    (data / "test.tsv").unlink()
+    with pytest.raises(ValueError, match=r"has no test\.tsv"):
+        run_asr.main(command)
+
+
+def test_a_recording_called_otherwise_than_in_its_text_is_named(flags, tones, whispers, cache, tmp_path):
+    data, run = shutil.copytree(tones, tmp_path / "data"), tmp_path / "run"
+    command = flags("english", "--method", "zero_shot", "--max_new_tokens", "4", "--data_dir", str(data))
+    record = run_asr.main(command)
+    (run / "record.json").unlink()
+    table = data / "test.tsv"
+    table.write_text(table.read_text().replace("test_1.wav", "./test_1.wav"))
+    with pytest.raises(ValueError, match=r"has no row for test_1\.wav, which .*: remove .*run/test\.tsv"):
+        run_asr.main(command)
+    (run / "test.tsv").unlink()
+    assert run_asr.main(command)["test"] == record["test"]
 
 
 def test_a_folder_of_zero_shot_is_of_one_run(flags, tones, whispers, cache, tmp_path):
@@ -338,6 +381,15 @@ def test_word_and_character_rates_are_counted_over_all_recordings():
         word_errors.rates(["a"], [], {"raw": raw})
     with pytest.raises(ValueError, match="nothing is left of the references"):
         word_errors.rates(["!"], ["a"], {"none": lambda text: ""})
+
+
+def test_character_rates_are_jiwers_under_whispers_normaliser():
+    """It leaves a blank where a text ends with punctuation, which nobody said."""
+    references, hypotheses = ["Ciao a tutti.", "Sì!", "Perché no?"], ["ciao tutti", "si", "Perche no."]
+    basic = BasicTextNormalizer()
+    expected = jiwer.cer(*([basic(text).strip() for text in texts] for texts in (references, hypotheses)))
+    rate = word_errors.rates(references, hypotheses, {"basic": normaliser("basic")})["basic"]["cer"]
+    assert rate["percent"] == pytest.approx(100 * expected) and rate["length"] == len("ciao a tuttisiperche no")
 
 
 def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
