@@ -236,7 +236,7 @@ def test_files_that_are_no_fleurs_leave_nothing(wrong, message, tmp_path):
 
 def test_without_the_hub_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("vblora.hub.hub_in_reach", lambda: False)
-    with pytest.raises(ValueError, match=r"google/fleurs it_it: the hub cannot be reached .* use --files DIR"):
+    with pytest.raises(ValueError, match=r"google/fleurs it_it: the hub cannot be reached, .* use --files DIR"):
         fleurs_parquet.write("it_it", tmp_path / "it_it")
     with pytest.raises(ValueError, match=r"none/train/\*\.parquet"):
         fleurs_parquet.write("it_it", tmp_path / "it_it", tmp_path / "none")
