@@ -160,6 +160,7 @@ def _taken(row_name: str, extra: Mapping[str, str]) -> Mapping[str, str]:
     from transformers import TrainingArguments  # takes seconds
 
     of_training = {field.name for kind in (MethodArguments, TrainingArguments) for field in fields(kind)}
+    of_training.add("spec_augment")
     return {name: value for name, value in extra.items() if name not in of_training or name in NEUTRAL}
 
 

@@ -19,7 +19,7 @@ trains nothing: the model as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +116,23 @@ def check(settings: Settings) -> None:
     torch_dtype(speech.dtype)
     if method.method == "full" and speech.targets != "both":
         raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
-    if method.method == ZERO_SHOT and len(given(method)) > 1:
+    if method.method == ZERO_SHOT:
+        check_zero_shot(settings)
+
+
+def check_zero_shot(settings: Settings) -> None:
+    """Refuse what somebody has chosen and what would do nothing: the run would be named after it.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    speech, method, _ = parts(settings)
+    if len(given(method)) > 1:
         raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
+    of_training = {f.name for f in fields(TrainingArguments)} - {"bf16"}  # a row may have it, and a processor not
+    useless = sorted(of_training & settings.overrides.keys()) + ["spec_augment"] * speech.spec_augment
+    if useless:
+        raise ValueError(f"--{useless[0]} does nothing with --method {ZERO_SHOT}, which trains nothing: leave it out")
 
 
 KINDS = (SpeechArguments, MethodArguments, TrainingArguments)

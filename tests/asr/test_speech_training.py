@@ -177,8 +177,28 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
     record = run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "4"))
     assert record["stored_parameters"] == {"parameters": 0, "bytes": 0} and record["steps"] == 0
     assert not (tmp_path / "run" / "last").exists() and record["prompt"]["token"] == ""
-    with pytest.raises(ValueError, match="--method zero_shot trains nothing"):
-        run_asr.main(flags("english", "--method", "zero_shot", "--rank", "2"))
+
+
+@pytest.mark.parametrize(
+    ("useless", "message"),
+    [
+        (["--rank", "2"], "--method zero_shot trains nothing and has no settings"),
+        (
+            ["--learning_rate", "5"],
+            "--learning_rate does nothing with --method zero_shot, which trains nothing: leave it",
+        ),
+        (["--spec_augment", "true"], "--spec_augment does nothing"),
+        (["--config", "run.yaml"], "--num_train_epochs does nothing"),
+    ],
+)
+def test_zero_shot_refuses_what_does_nothing(useless, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("num_train_epochs: 2\n")
+    command = ["--row", "large_v2_fleurs/zero_shot", "--language", "it", "--data_dir", "x", "--output_dir", "y"]
+    for chosen in (["--bf16", "false"], ["--seed", "1", "--use_cpu", "true", "--report_to", "none"]):
+        run_asr.parse([*command, *chosen])  # the row's own, and what is of the process or the place
+    with pytest.raises(ValueError, match=message):
+        run_asr.parse([*command, "--bf16", "false", *useless])
 
 
 def test_a_changed_test_part_is_refused_where_there_is_a_record(flags, tones, tmp_path):
