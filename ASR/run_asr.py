@@ -134,7 +134,7 @@ def scored(out: Path, part: str, table: Path) -> dict[str, Any]:
     if unknown := next((name for name in texts if name not in references), None):
         raise ValueError(f"{table} has no row for {unknown}, which {file} has: remove {file}, and run it again")
     functions = {name: normaliser(name) for name in NORMALISERS}
-    rates = word_errors.rates([references[name] for name in texts], list(texts.values()), functions)
+    rates = word_errors.rates([references[name] for name in texts], list(texts.values()), functions, table)
     noted = {name: note[name] for name in ("cut", "left_out", "data")}
     return {"clips": len(texts), **noted, "rates": rates}
 

@@ -120,11 +120,13 @@ def _read(text: str, where: str) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> Options:
-    parser = HfArgumentParser(
-        Decoding,  # type: ignore[arg-type]
-        prog="transcribe.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = commands.one_line_errors(
+        HfArgumentParser(
+            Decoding,  # type: ignore[arg-type]
+            prog="transcribe.py",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     )
     parser.add_argument("run", type=Path, help="the output folder of train_speech.py")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with the split's table")

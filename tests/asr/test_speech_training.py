@@ -399,8 +399,11 @@ def test_word_and_character_rates_are_counted_over_all_recordings():
     assert rates["cer"]["length"] == 7 + 3 and rates["cer"]["insertions"] == 10
     with pytest.raises(ValueError, match="1 references and 0 hypotheses"):
         word_errors.rates(["a"], [], {"raw": raw})
-    with pytest.raises(ValueError, match="nothing is left of the references"):
-        word_errors.rates(["!"], ["a"], {"none": lambda text: ""})
+    none = {"none": lambda text: ""}
+    with pytest.raises(
+        ValueError, match=r"nothing is left of the references of r\.tsv under the normaliser none: take"
+    ):
+        word_errors.rates(["!"], ["a"], {"raw": raw, **none}, "r.tsv")
 
 
 def test_character_rates_are_jiwers_under_whispers_normaliser():
@@ -422,13 +425,31 @@ def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
 def test_outputs_and_references_must_name_the_same_recordings(tmp_path):
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tdo\n")
     (tmp_path / "ref.tsv").write_text("path\ttext\na.wav\tdo\nb.wav\tre\n")
-    with pytest.raises(ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has"):
-        score_speech.main([str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")])
+    command = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")]
+    with pytest.raises(
+        ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has: score against .*leave_out"
+    ):
+        score_speech.main(command)
+    with pytest.raises(ValueError, match=rf"^--json {tmp_path} is a folder: name a file in it$"):
+        score_speech.main([*command, "--json", str(tmp_path)])
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tDo\nb.wav\t\n")
-    arguments = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv"), "--json", str(tmp_path / "rates.json")]
-    result = score_speech.main(arguments)
+    result = score_speech.main([*command, "--json", str(tmp_path / "rates.json")])
     assert result["rates"]["raw"]["wer"]["percent"] == 100 and result["rates"]["unicode"]["wer"]["percent"] == 50
     assert read_json(tmp_path / "rates.json")["empty_outputs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (score_speech.main, ["a.tsv"], "the following arguments are required: REFERENCES"),
+        (score_speech.main, ["a.tsv", "b.tsv", "--normalisers", "french"], "invalid choice: 'french'"),
+        (transcribe.main, ["run", "--data_dir", "x", "--split", "validation"], "invalid choice: 'validation'"),
+        (transcribe.main, ["run", "--data_dir", "x", "--beam", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_wrong_flags_are_one_line(main, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(arguments)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"text": 1, "ended": true}', '{"text": "a"}', "[" * 100_000], ids=range(5))
