@@ -91,7 +91,8 @@ def trains_encoder(model: Any) -> bool:
     silence = torch.zeros(1, model.config.num_mel_bins, frames, dtype=encoder.dtype, device=encoder.device)
     training = encoder.training
     encoder.eval()  # no dropout, which would draw
-    with torch.enable_grad():
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda kept: kept)  # no backward pass follows
+    with torch.enable_grad(), nothing:
         output = encoder(silence).last_hidden_state
     encoder.train(training)
     return bool(output.requires_grad)
