@@ -10,6 +10,7 @@ import numpy as np
 
 RATE = 16_000  # samples a second, of every Whisper model
 KINDS = "WAV, FLAC, OGG and MP3"
+SHORTER = 0.1  # seconds that a recording may lack: an MP3 without a header is counted in whole frames
 
 
 class Recording(NamedTuple):
@@ -37,7 +38,7 @@ def inspect(path: Path, where: str) -> Recording:
         raise ValueError(f"{where}: no recording {path}: put it there, or remove the row")
     try:
         found = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (RuntimeError, TypeError) as error:  # libsndfile's; and of .raw, which does not say what it holds
         raise ValueError(
             f"{where}: {path} cannot be read ({' '.join(str(error).split())}); {KINDS} can: convert it with "
             "`ffmpeg -i FILE FILE.wav`, or remove the row"
@@ -54,10 +55,17 @@ def read(path: Path, where: str) -> np.ndarray:
     found = inspect(path, where)
     try:
         samples, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ValueError(f"{where}: {path} is damaged ({' '.join(str(error).split())}): remove the row") from error
     if not len(samples):
         raise ValueError(f"{where}: {path} is empty: remove the row")
+    if (seconds := len(samples) / rate) < found.seconds - SHORTER:
+        raise ValueError(
+            f"{where}: {path} is cut short: {seconds:.1f} s of {found.seconds:.1f} s can be read: get it anew, or "
+            "remove the row"
+        )
+    if not np.isfinite(samples).all():
+        raise ValueError(f"{where}: {path} has samples that are NaN or infinite: mend it, or remove the row")
     return resampled(samples.mean(axis=1) if found.channels > 1 else samples[:, 0], rate)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ MULTILINGUAL = 51865  # tokens of the smallest vocabulary with languages
 Variables = dict[str, np.ndarray]
 
 
+class Named(dict[str, Any]):
+    """What a file holds by name; what it lacks is an error that names the file and the key."""
+
+    def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.file} has no {key!r}: it is not of CTranslate2's Whisper, or not the whole file")
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER", help="with model.bin, config.json and tokenizer.json")
@@ -47,23 +59,24 @@ def convert(source: Path, out: Path) -> None:
     """Write the model, its tokenizer and its feature extractor.
 
     Raises:
-        ValueError: `source` lacks a file or holds no such model, or `out` exists.
+        ValueError: `source` lacks a file or holds no such model or a quantised one, or `out` exists.
     """
     for name in ("model.bin", "config.json", "tokenizer.json"):
         if not (source / name).is_file():
             raise ValueError(f"{source} has no {name}: it is no folder of CTranslate2's Whisper")
     variables = read_variables(source / "model.bin")
-    tokenizer = read_json(source / "tokenizer.json")
-    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    refuse_quantised(variables)
+    ids = special_tokens(source / "tokenizer.json")
     model = WhisperForConditionalGeneration(model_config(variables, ids))
     missing, unexpected = model.load_state_dict(state_of(variables), strict=False)
     if unexpected or set(missing) - {"proj_out.weight"}:  # which is the embedding's
         raise ValueError(f"{source}: tensors missing {missing}, unexpected {unexpected}")
     model.tie_weights()
-    model.generation_config = generation_config(model.config, read_json(source / "config.json"), ids)
+    config = source / "config.json"
+    model.generation_config = generation_config(model.config, Named(config, read_json(config)), ids)
     processor = WhisperProcessor(
         WhisperFeatureExtractor(model.config.num_mel_bins),
-        WhisperTokenizer(tokenizer_file=str(source / "tokenizer.json"), pad_token="<|endoftext|>"),
+        WhisperTokenizer(tokenizer_file=str(ids.file), pad_token="<|endoftext|>"),
     )
     with new_directory(out) as folder:
         model.half().save_pretrained(folder)
@@ -74,16 +87,29 @@ def convert(source: Path, out: Path) -> None:
 # --- The file -----------------------------------------------------------------------------------------------------
 
 
-def read_variables(path: Path) -> Variables:
+def read_variables(path: Path) -> Named:
     """The arrays of a model.bin by name.
 
     Raises:
         ValueError: another model, another version, a type that is not known, or a file that is cut short.
     """
     try:
-        return _Reader(path).variables()
+        return Named(path, _Reader(path).variables())
     except (struct.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is cut short or damaged ({error})") from error
+
+
+def refuse_quantised(variables: Named) -> None:
+    """Weights in whole numbers mean nothing without their scales, which are not read here.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, array in variables.items():
+        if name.endswith("_scale") or (name.endswith("/weight") and not np.issubdtype(array.dtype, np.floating)):
+            raise ValueError(
+                f"{variables.file}: {name} ({array.dtype}) is of a quantised model: take the float16 or float32 one"
+            )
 
 
 class _Reader:
@@ -123,6 +149,12 @@ class _Reader:
 
 
 # --- Names and settings -------------------------------------------------------------------------------------------
+
+
+def special_tokens(file: Path) -> Named:
+    """The numbers of the tokens that tokenizer.json adds to the vocabulary."""
+    added = [Named(file, token) for token in Named(file, read_json(file))["added_tokens"]]
+    return Named(file, {token["content"]: token["id"] for token in added})
 
 
 def state_of(variables: Variables) -> dict[str, torch.Tensor]:

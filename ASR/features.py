@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import audio
 from speech_data import Clip
 from vblora.io import new_directory, read_json, write_json
 from vblora_experiments import bars
+from vblora_experiments.progress import alone
 
 FRAMES = 100  # a second
 POSITIONS = 50  # a second, after the encoder's second convolution
@@ -79,17 +81,45 @@ def features_of(
     """
     key = _key({"what": "log-mel", "mels": mels, "window": window, "sounds": list(sounds)})
     folder = cache / f"features_{key}"
-    if not folder.is_dir():
+
+    def make(new: Path) -> None:
         size = sum(min(s * FRAMES + 3, window * FRAMES) for s in seconds) * mels * 4
         print(f"features of {len(clips)} recordings: about {size / 1e6:.1f} MB in {folder}", flush=True)
         compute = log_mel(mels, window)
-        with new_directory(folder) as new:
-            read = (audio.read(clip.path, clip.where) for clip in bars.bar(clips, "features"))
-            starts = _write(new / "values.f32", (_cut(compute(samples)) for samples in read))
-            write_json(new / "index.json", {"starts": starts})
-    starts = read_json(folder / "index.json")["starts"]
-    values = np.memmap(folder / "values.f32", np.float32, mode="r")
+        read = (audio.read(clip.path, clip.where) for clip in bars.bar(clips, "features"))
+        starts = _write(new / "values.f32", (_cut(compute(samples)) for samples in read))
+        write_json(new / "index.json", {"starts": starts})
+
+    _fill(folder, make)
+    with _reading(folder):
+        starts = read_json(folder / "index.json")["starts"]
+        values = np.memmap(folder / "values.f32", np.float32, mode="r")
+        if len(starts) != len(clips) + 1 or len(values) != starts[-1]:
+            raise ValueError(f"{len(values)} numbers")
     return Features(values, starts, mels, window * FRAMES, key)
+
+
+def _fill(folder: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` fill a folder of the cache where it is missing: one process does, and others wait for it."""
+    if folder.is_dir():
+        return
+    with alone(folder, wait=True):
+        if not folder.is_dir():  # else another process has made it meanwhile
+            with new_directory(folder) as new:
+                make(new)
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Within it a folder of the cache is read; what is wrong with it names the folder.
+
+    Raises:
+        ValueError: in the place of all that reading may raise.
+    """
+    try:
+        yield
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{folder} is damaged ({error}): remove it, and it is made anew") from error
 
 
 def log_mel(mels: int, window: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -177,21 +207,27 @@ def encoded_of(features: Features, model: Any, model_print: str, cache: Path) ->
     shape = (len(features), features.frames * POSITIONS // FRAMES, model.config.d_model)
     stored = np.float16 if kind == "float16" else np.float32  # NumPy has no bfloat16
     folder = cache / f"encoded_{key}"
-    if not folder.is_dir():
+
+    def make(new: Path) -> None:
         size = int(np.prod(shape)) * np.dtype(stored).itemsize
         print(f"the encoder's outputs of {shape[0]} recordings: {size / 1e6:.0f} MB in {folder}", flush=True)
         training = encoder.training
         encoder.eval()
-        with new_directory(folder) as new:
-            values = np.lib.format.open_memmap(new / "values.npy", "w+", stored, shape)
-            for start in bars.bar(range(0, shape[0], BATCH), "the encoder's outputs"):
-                batch = torch.stack([features.of(n) for n in range(start, min(start + BATCH, shape[0]))])
-                output = encoder(batch.to(encoder.device, encoder.dtype)).last_hidden_state
-                values[start : start + len(batch)] = output.to("cpu", torch.float32).numpy()
-            values.flush()
-            del values
+        values = np.lib.format.open_memmap(new / "values.npy", "w+", stored, shape)
+        for start in bars.bar(range(0, shape[0], BATCH), "the encoder's outputs"):
+            batch = torch.stack([features.of(n) for n in range(start, min(start + BATCH, shape[0]))])
+            output = encoder(batch.to(encoder.device, encoder.dtype)).last_hidden_state
+            values[start : start + len(batch)] = output.to("cpu", torch.float32).numpy()
+        values.flush()
+        del values
         encoder.train(training)
-    return Encoded(np.load(folder / "values.npy", mmap_mode="r"))
+
+    _fill(folder, make)
+    with _reading(folder):
+        kept = np.load(folder / "values.npy", mmap_mode="r")
+        if kept.shape != shape:
+            raise ValueError(f"the shape is {kept.shape}")
+    return Encoded(kept)
 
 
 def _key(settings: dict[str, Any]) -> str:

@@ -42,13 +42,18 @@ def normaliser(name: str, spellings: Path | None = None) -> Normaliser:
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
     if name == "basic":
-        return BasicTextNormalizer()
+        return _stripped(BasicTextNormalizer())
     file = spellings / SPELLINGS if spellings is not None and spellings.is_dir() else spellings
     if file is None or not file.is_file():
         raise ValueError(
             f"the english normaliser needs {SPELLINGS}, which every Whisper on the hub has: name it with --spellings"
         )
-    return EnglishTextNormalizer(read_json(file))
+    return _stripped(EnglishTextNormalizer(read_json(file)))
+
+
+def _stripped(normalise: Normaliser) -> Normaliser:
+    """Without the blanks that Whisper's own leave where a text ends with punctuation, which no rate is to count."""
+    return lambda text: raw(normalise(text))
 
 
 def raw(text: str) -> str:

@@ -160,6 +160,7 @@ def _taken(row_name: str, extra: Mapping[str, str]) -> Mapping[str, str]:
     from transformers import TrainingArguments  # takes seconds
 
     of_training = {field.name for kind in (MethodArguments, TrainingArguments) for field in fields(kind)}
+    of_training.add("spec_augment")
     return {name: value for name, value in extra.items() if name not in of_training or name in NEUTRAL}
 
 
@@ -181,7 +182,8 @@ def grouped(trials: Sequence[Trial], found: Sequence[dict[str, Any]]) -> Groups:
         if (record := next((r for r in found if trial.is_of(r)), None)) is not None:
             groups.setdefault(f"{trial.row} {trial.variant}", []).append(record)
     for name, group in groups.items():
-        if len({record["settings"]["data_fingerprint"] for record in group}) > 1:
+        tested = {record["test"]["data"] for record in group if "data" in record["test"]}  # older records lack it
+        if len(tested) > 1 or len({record["settings"]["data_fingerprint"] for record in group}) > 1:
             raise ValueError(f"the records of {name} were made on different data: remove those not meant")
     return groups
 

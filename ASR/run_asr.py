@@ -23,7 +23,7 @@ import transcribe
 import word_errors
 from asr_rows import row
 from normalisers import normaliser
-from speech_data import read_outputs, read_table
+from speech_data import Set, fingerprint, load_split, read_outputs, read_table, sound_prints
 from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Train, transcribe and score, as far as that is not done; the record."""
+    sets = read_parts(settings.of(SpeechArguments))  # before the training: a wrong row would be found hours later
     trained = train_speech.train(settings)
     if not trained:  # another process of this run writes
         return {}
@@ -62,9 +63,31 @@ def run(settings: Settings) -> dict[str, Any]:
     record = training_run.record_of(
         settings, "decoding", wanted, lambda: make_record(settings, trained, transcribe_parts(settings))
     )
+    check_data(record, sets, settings.output_dir)
     runs.finish(settings.output_dir, record)
     print(summary(record))
     return publishing.published(settings.of(TrainingArguments), record)
+
+
+def read_parts(speech: SpeechArguments) -> dict[str, Set]:
+    """The parts that are transcribed, looked at."""
+    return {part: load_split(speech.data_dir, part, speech.window, speech.long_clips) for part in PARTS}
+
+
+def check_data(record: dict[str, Any], sets: dict[str, Set], out: Path) -> None:
+    """Refuse parts that are others than those that a record is of; an older record does not say.
+
+    Raises:
+        ValueError: naming the table.
+    """
+    for part, found in sets.items():
+        data = fingerprint(found.clips, sound_prints(found.clips))
+        if record[part].get("data", data) != data:
+            table = found.clips[0].where.rpartition(",")[0]
+            raise ValueError(
+                f"{out} holds a record of another {part} part: {table} or its recordings have changed; put them back, "
+                "or give another --output_dir"
+            )
 
 
 def transcribe_parts(settings: Settings) -> float:
@@ -88,14 +111,7 @@ def transcribe_parts(settings: Settings) -> float:
 def make_record(settings: Settings, trained: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Everything there is to know of the run, no text of anybody's; transcribing took so many seconds."""
     out, data_dir = settings.output_dir, Path(settings.of(SpeechArguments).data_dir)
-    parts = {}
-    for part in PARTS:
-        texts = read_outputs(out / f"{part}.tsv")
-        references = {clip.name: clip.text for clip in read_table(data_dir / f"{part}.tsv")}
-        functions = {name: normaliser(name) for name in NORMALISERS}
-        rates = word_errors.rates([references[name] for name in texts], list(texts.values()), functions)
-        note = read_json(out / f"{part}.decoding.json")
-        parts[part] = {"clips": len(texts), "cut": note["cut"], "left_out": note["left_out"], "rates": rates}
+    parts = {part: scored(out, part, data_dir / f"{part}.tsv") for part in PARTS}
     return {
         **training_run.heading("asr", trained),
         "language": trained["settings"]["language"],
@@ -105,6 +121,22 @@ def make_record(settings: Settings, trained: dict[str, Any], seconds: float) -> 
         "scores": {kind.upper(): rate["percent"] for kind, rate in parts["test"]["rates"][MAIN].items()},
         "bytes_on_disk": training_run.bytes_on_disk(out),
     }
+
+
+def scored(out: Path, part: str, table: Path) -> dict[str, Any]:
+    """What the record says of a part: its rates, and what was noted as it was transcribed.
+
+    Raises:
+        ValueError: the table calls a recording otherwise than it did then.
+    """
+    file, note = out / f"{part}.tsv", read_json(out / f"{part}.decoding.json")
+    texts, references = read_outputs(file), {clip.name: clip.text for clip in read_table(table)}
+    if unknown := next((name for name in texts if name not in references), None):
+        raise ValueError(f"{table} has no row for {unknown}, which {file} has: remove {file}, and run it again")
+    functions = {name: normaliser(name) for name in NORMALISERS}
+    rates = word_errors.rates([references[name] for name in texts], list(texts.values()), functions, table)
+    noted = {name: note[name] for name in ("cut", "left_out", "data")}
+    return {"clips": len(texts), **noted, "rates": rates}
 
 
 def summary(record: dict[str, Any]) -> str:

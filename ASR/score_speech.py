@@ -26,16 +26,20 @@ from vblora_experiments import commands
 
 def main(arguments: list[str]) -> dict[str, Any]:
     """Score, print, and return what --json writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.one_line_errors(
+        argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="a table with the columns path and text")
     parser.add_argument("references", type=Path, metavar="REFERENCES", help="the table of the recordings")
     parser.add_argument("--normalisers", nargs="+", choices=NAMES, default=["raw", "unicode", "basic"])
     parser.add_argument("--spellings", type=Path, help="normalizer.json of a Whisper, for the english normaliser")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rates, unrounded, to this file")
     chosen = parser.parse_args(arguments)
+    if chosen.json is not None and chosen.json.is_dir():
+        raise ValueError(f"--json {chosen.json} is a folder: name a file in it")
     functions = {name: normaliser(name, chosen.spellings) for name in chosen.normalisers}
     hypotheses, references = matched(chosen.outputs, chosen.references)
-    rates = word_errors.rates(references, hypotheses, functions)
+    rates = word_errors.rates(references, hypotheses, functions, chosen.references)
     empty = sum(not text for text in hypotheses)
     if empty:
         print(f"score_speech: warning: {empty} of {len(hypotheses)} outputs are empty, and count", file=sys.stderr)
@@ -60,7 +64,10 @@ def matched(outputs: Path, references: Path) -> tuple[list[str], list[str]]:
     for name in [*meant, *said]:
         if name not in said or name not in meant:
             lacking, other = (outputs, references) if name not in said else (references, outputs)
-            raise ValueError(f"{lacking} has no row for {name}, which {other} has")
+            raise ValueError(
+                f"{lacking} has no row for {name}, which {other} has: score against a table of the same recordings "
+                "(without those that --long_clips leave_out left out)"
+            )
     return [said[name] for name in meant], list(meant.values())
 
 

@@ -12,16 +12,19 @@ A row that is wrong is named by its file and line.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import audio
+from vblora_experiments.text_files import check_header, read_text
 
 SPLITS = ("train", "dev", "test")
 LONG = ("refuse", "leave_out")  # what is done about recordings longer than the window
 FLEURS_COLUMNS = 7
+SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|endoftext|>, <|it|>, <|0.00|>: in a label they would be spoken to the model
 
 
 class Clip(NamedTuple):
@@ -116,6 +119,7 @@ def read_table(table: Path) -> list[Clip]:
     header = [name.strip().lower() for name in lines[0].split("\t")] if lines else []
     for text, under in (("sentence", "clips"), ("text", "")):
         if {"path", text} <= set(header):
+            check_header(table, header)
             columns, rows, first = (header.index("path"), header.index(text)), lines[1:], 2
             folder, width = table.parent / under, len(header)
             break
@@ -131,10 +135,18 @@ def read_table(table: Path) -> list[Clip]:
     clips = [_clip(row, f"{table}, line {n}", columns, width, folder) for n, row in enumerate(rows, first) if row]
     if not clips:
         raise ValueError(f"{table}: no rows")
-    if len(names := {clip.name for clip in clips}) < len(clips):
-        twice = next(clip for n, clip in enumerate(clips) if clip.name in {other.name for other in clips[:n]})
-        raise ValueError(f"{twice.where}: {twice.name} a second time ({len(clips)} rows, {len(names)} recordings)")
+    _refuse_twice(clips)
     return clips
+
+
+def _refuse_twice(clips: Sequence[Clip]) -> None:
+    """Refuse a recording that is in two rows, however they spell its path."""
+    seen: dict[str, Clip] = {}
+    for clip in clips:
+        first = seen.setdefault(os.path.normpath(clip.path), clip)
+        if first is not clip:
+            as_first = "" if first.name == clip.name else f" (there as {first.name})"
+            raise ValueError(f"{clip.where}: {clip.name} a second time, after {first.where}{as_first}: remove a row")
 
 
 def read_outputs(table: Path) -> dict[str, str]:
@@ -182,6 +194,8 @@ def unusable(text: str) -> str:
         return "has no word"
     if "\ufffd" in text or "\0" in text or re.search(r"[^\W\d_]\?[^\W\d_]", text):
         return "has a lost character"
+    if token := SPECIAL.search(text):
+        return f"has {token[0]}, which is a token of Whisper's and no word"
     return ""
 
 
@@ -200,13 +214,7 @@ def sound_prints(clips: Sequence[Clip]) -> list[str]:
 
 def _lines(table: Path) -> list[str]:
     """The lines of a UTF-8 file; not splitlines(), which also cuts at characters that a text may hold."""
-    try:
-        text = table.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{table}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{table}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    return re.split(r"\r\n|\n|\r", text)
+    return re.split(r"\r\n|\n|\r", read_text(table))
 
 
 def _short(text: str) -> str:

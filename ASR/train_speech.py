@@ -19,7 +19,7 @@ trains nothing: the model as it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,12 @@ from vblora_experiments.whisper_counts import TARGETS
 from whisper_models import (
     WINDOW,
     Prompt,
-    adapts_encoder,
     load_tokenizer,
     load_whisper,
     model_print,
     prompt_of,
     target_modules,
+    trains_encoder,
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -116,8 +116,23 @@ def check(settings: Settings) -> None:
     torch_dtype(speech.dtype)
     if method.method == "full" and speech.targets != "both":
         raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
-    if method.method == ZERO_SHOT and len(given(method)) > 1:
+    if method.method == ZERO_SHOT:
+        check_zero_shot(settings)
+
+
+def check_zero_shot(settings: Settings) -> None:
+    """Refuse what somebody has chosen and what would do nothing: the run would be named after it.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    speech, method, _ = parts(settings)
+    if len(given(method)) > 1:
         raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
+    of_training = {f.name for f in fields(TrainingArguments)} - {"bf16"}  # a row may have it, and a processor not
+    useless = sorted(of_training & settings.overrides.keys()) + ["spec_augment"] * speech.spec_augment
+    if useless:
+        raise ValueError(f"--{useless[0]} does nothing with --method {ZERO_SHOT}, which trains nothing: leave it out")
 
 
 KINDS = (SpeechArguments, MethodArguments, TrainingArguments)
@@ -180,9 +195,10 @@ def fit(settings: Settings, sets: tuple[Set, Set], sounds: list[list[str]], plan
     if method.method == ZERO_SHOT:
         write_json(out / TRAINING_FILE, untrained(plan, prompt))
         return
-    rows = rows_of(model, tokenizer, prompt, speech, method.method == "full", sets, sounds)
+    adapted = apply_method(model, method.method, settings_of(method, speech))
+    rows = rows_of(model, tokenizer, prompt, speech, sets, sounds)
     trainer = SpeechTrainer(
-        apply_method(model, method.method, settings_of(method, speech)),
+        adapted,
         method.rates(),
         training,
         train_dataset=rows[0],
@@ -213,18 +229,20 @@ def rows_of(
     tokenizer: Any,
     prompt: Prompt,
     speech: SpeechArguments,
-    full: bool,
     sets: tuple[Set, Set],
     sounds: list[list[str]],
 ) -> list[SpeechRows]:
-    """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs."""
+    """The rows for training and for the validation loss: of features, or of a fixed encoder's outputs.
+
+    The model has its method by now: a configuration may adapt other layers than --targets says.
+    """
     cache = Path(speech.cache_dir)
-    fixed = not full and not adapts_encoder(model, speech.targets) and not speech.spec_augment
+    kept = speech.cache_encoder and not speech.spec_augment and not trains_encoder(model)
     rows = []
     for part, prints in zip(sets, sounds, strict=True):
         texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions)
         heard: Any = features(model, part, prints, speech.window, cache)
-        if fixed and speech.cache_encoder:
+        if kept:
             name = model_print(speech.model_name_or_path)
             heard = encoded_of(heard, model, name, cache)
         rows.append(SpeechRows(heard, texts))

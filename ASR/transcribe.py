@@ -87,10 +87,11 @@ def transcribe_split(options: Options) -> Path:
         raise ValueError(f"{options.run} is no run of ASR/train_speech.py")
     part = load_split(options.data_dir, options.split, plan["window"], plan["long_clips"])
     sounds = sound_prints(part.clips)
-    settings = {**asdict(decoding), "merge": options.merge, "data": fingerprint(part.clips, sounds)}
+    made_with = {"data": fingerprint(part.clips, sounds), "run": runs.plan_print(plan)}
+    settings = {**asdict(decoding), "merge": options.merge, **made_with}
     target, note = options.run / f"{options.split}.tsv", options.run / f"{options.split}.decoding.json"
     if target.exists() and note.exists():
-        before = read_json(note)
+        before = {"run": settings["run"], **read_json(note)}  # an older note does not say of which run
         if changed := runs.in_words({name: before.get(name) for name in settings}, settings):
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
@@ -119,11 +120,13 @@ def _read(text: str, where: str) -> dict[str, Any]:
 
 
 def parse(arguments: list[str]) -> Options:
-    parser = HfArgumentParser(
-        Decoding,  # type: ignore[arg-type]
-        prog="transcribe.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = commands.one_line_errors(
+        HfArgumentParser(
+            Decoding,  # type: ignore[arg-type]
+            prog="transcribe.py",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
     )
     parser.add_argument("run", type=Path, help="the output folder of train_speech.py")
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with the split's table")

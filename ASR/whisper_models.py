@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, WhisperForConditionalGeneration, WhisperTokenizer
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
-from features import POSITIONS
+from features import FRAMES, POSITIONS
 from vblora.hub import from_hub
 from vblora.io import folder_fingerprint
 from vblora.models import FLAG, torch_dtype
@@ -66,20 +67,35 @@ def model_print(name: str) -> str:
 
 
 def target_modules(targets: str) -> str:
-    """The regular expression of the layers to adapt: of a name in `TARGETS`, or as given."""
-    return TARGETS.get(targets, targets)
+    """The regular expression of the layers to adapt: of a name in `TARGETS`, or as given.
 
-
-def adapts_encoder(model: nn.Module, targets: str) -> bool:
-    """Whether the expression matches a layer of the encoder."""
+    Raises:
+        ValueError: it is none.
+    """
+    expression = TARGETS.get(targets, targets)
     try:
-        pattern = re.compile(target_modules(targets))
+        re.compile(expression)
     except re.error as error:
         raise ValueError(
             f"--targets {targets}: {error}; one of {', '.join(TARGETS)}, or a regular expression"
         ) from error
-    sides = [name for name, _ in model.named_modules() if re.search(r"(^|\.)encoder\.", name)]
-    return any(pattern.fullmatch(name) for name in sides)
+    return expression
+
+
+def trains_encoder(model: Any) -> bool:
+    """Whether the encoder's outputs depend on anything that is trained, whichever method put it there.
+
+    Some methods keep their parameters outside the layers that use them, so the encoder is asked, with silence.
+    """
+    encoder, frames = model.get_encoder(), model.config.max_source_positions * FRAMES // POSITIONS
+    silence = torch.zeros(1, model.config.num_mel_bins, frames, dtype=encoder.dtype, device=encoder.device)
+    training = encoder.training
+    encoder.eval()  # no dropout, which would draw
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda kept: kept)  # no backward pass follows
+    with torch.enable_grad(), nothing:
+        output = encoder(silence).last_hidden_state
+    encoder.train(training)
+    return bool(output.requires_grad)
 
 
 @dataclass(frozen=True)

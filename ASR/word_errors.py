@@ -10,6 +10,7 @@ sample of speakers, and it says nothing about other voices.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jiwer
@@ -22,9 +23,15 @@ INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def rates(
-    references: Sequence[str], hypotheses: Sequence[str], normalisers: dict[str, Normaliser]
+    references: Sequence[str], hypotheses: Sequence[str], normalisers: dict[str, Normaliser], source: str | Path = ""
 ) -> dict[str, dict[str, Any]]:
     """WER and CER under each of the normalisers.
+
+    Args:
+        references: what was meant.
+        hypotheses: what was said of each.
+        normalisers: by their names.
+        source: the references' file, for errors.
 
     Raises:
         ValueError: nothing to score, unequal numbers of texts, or references of which nothing is left.
@@ -34,6 +41,9 @@ def rates(
     found = {}
     for name, function in normalisers.items():
         pairs = [(function(r), function(h)) for r, h in zip(references, hypotheses, strict=True)]
+        if not any(reference for reference, _ in pairs):
+            of = f" of {source}" if source else ""
+            raise ValueError(f"nothing is left of the references{of} under the normaliser {name}: take another")
         found[name] = {"wer": _rate(pairs, word_counts), "cer": _rate(pairs, character_counts)}
     return found
 
@@ -44,8 +54,6 @@ def _rate(
     """The rate, its interval, and what it is made of."""
     # Of each recording: substitutions, deletions, insertions, and the reference's length.
     counts = np.array([count(reference, hypothesis) for reference, hypothesis in pairs])
-    if not counts[:, 3].sum():
-        raise ValueError("nothing is left of the references once they are normalised")
     low, high = np.percentile(resampled(counts[:, :3].sum(axis=1), counts[:, 3]), INTERVAL)
     substitutions, deletions, insertions, length = (int(total) for total in counts.sum(axis=0))
     return {

@@ -71,6 +71,16 @@ def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, 
         runs.begin(tmp_path / "run", {"seed": 0})
 
 
+@pytest.mark.parametrize("result", ["record.json", "training.json", "last/x", "best/x"])
+def test_a_folder_with_results_takes_no_other_run(result, tmp_path):
+    runs.begin(tmp_path, {"seed": 0})
+    assert runs.begin(tmp_path, {"seed": 1}) is None  # only a plan: a wrong setting may be put right
+    (tmp_path / result).parent.mkdir(exist_ok=True)
+    (tmp_path / result).write_text("{}")
+    with pytest.raises(ValueError, match=r"other settings \(seed: 1 before, 2 now\): remove it"):
+        runs.begin(tmp_path, {"seed": 2})
+
+
 def test_what_a_killed_run_left_half_written_is_swept_by_the_next(tmp_path):
     from vblora.io import replacing
 
@@ -121,6 +131,12 @@ def test_the_clock_counts_what_came_before_a_checkpoint_within_an_epoch(monkeypa
 )
 def test_two_runs_differ_in_what_decides_their_result(before, now, differ):
     assert runs.differences(before, now) == runs.differences(now, before) == differ
+
+
+def test_a_plans_print_is_of_what_decides_the_result():
+    plan = {"model_name_or_path": "whisper", "seed": 0, "window": 8}
+    same = {**plan, "model_name_or_path": "openai/whisper", "output_dir": "there", "rank": None}
+    assert runs.plan_print(plan) == runs.plan_print(same) != runs.plan_print({**plan, "window": 30})
 
 
 @dataclass(frozen=True)

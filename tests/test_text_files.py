@@ -20,7 +20,7 @@ def test_a_long_field_is_read_whole(name, mark, tmp_path):
     [
         ("t.csv", "a,b\n1,2,3\n", "t.csv, line 2: 3 columns instead of 2"),
         ("t.csv", 'a,b\n1,"2\n', "t.csv, line 2: "),
-        ("t.csv", b"a,b\n\xff,1\n", "t.csv: not UTF-8 text"),
+        ("t.csv", b"a,b\n\xff,1\n", "t.csv, line 2: not UTF-8 text .*: save it as UTF-8"),
         ("t.tsv", "a\tb\n1\n", "t.tsv, line 2: 1 columns instead of 2"),
         ("missing.csv", None, "missing.csv: no such file"),
     ],

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
+import json
 import math
 import os
 import platform
@@ -24,7 +26,7 @@ from typing import Any
 
 from vblora.config import FORMS
 from vblora.io import folder_fingerprint, read_json, write_json
-from vblora.models import PLAN_FILE, RECORD_FILE, model_name
+from vblora.models import PLAN_FILE, RECORD_FILE, TRAINING_FILE, model_name
 from vblora.switch import read_config_file
 from vblora_experiments.arguments import MethodArguments, given, split
 from vblora_experiments.secrets import without_secrets
@@ -142,6 +144,13 @@ def _training_defaults() -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, (str, int, float, bool))}
 
 
+def plan_print(plan: Mapping[str, Any]) -> str:
+    """SHA-256 of what makes a run this one: the same for plans without `differences`."""
+    same = {n: v for n, v in todays(plan).items() if n not in FREE_TO_CHANGE and v is not None}
+    same["model_name_or_path"] = str(same.get("model_name_or_path")).rpartition("/")[2]
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+
+
 # ------------------------------------------------------------------------------------- folders
 
 
@@ -206,7 +215,8 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _has_results(directory: Path) -> bool:
     """Whether a run has come to more than its plan: one stopped by a wrong setting must not block the right one."""
-    kept = any((directory / name).exists() for name in (RECORD_FILE, "best", "last"))
+    # training.json is all that a model leaves which is used as it is
+    kept = any((directory / name).exists() for name in (RECORD_FILE, TRAINING_FILE, "best", "last"))
     return kept or last_checkpoint(directory) is not None
 
 

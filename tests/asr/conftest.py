@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT / "ASR"))
 
 from speech_helpers import ENGLISH_ONLY, MULTILINGUAL, TEXTS, save_whisper, write_table  # noqa: E402
 
+OF_TRAINING = ("num_train_epochs", "per_device_train_batch_size", "learning_rate")
+
 
 @pytest.fixture(scope="session")
 def tones(tmp_path_factory):
@@ -55,6 +57,8 @@ def flags(whispers, tones, cache, tmp_path):
             "disable_tqdm": True,
             "output_dir": out or tmp_path / "run",
         }
+        if "zero_shot" in more:  # which takes nothing of training
+            flags = {name: value for name, value in flags.items() if name not in OF_TRAINING}
         return [*(word for name, value in flags.items() for word in (f"--{name}", str(value))), *more]
 
     return make

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +70,58 @@ def test_the_encoders_outputs_are_kept(made, whispers, tmp_path, monkeypatch):
     assert torch.equal(torch.stack([found.of(number) for number in range(len(found))]), expected)
     monkeypatch.setattr(model.get_encoder(), "forward", lambda *_: pytest.fail("computed twice"))
     assert torch.equal(features.encoded_of(heard, model, "a model", tmp_path).of(1), expected[1])
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import features
+
+def make(new):
+    print("makes", flush=True)
+    time.sleep(0.5)
+    (new / "values").write_text("whole")
+
+print("ready", flush=True)
+sys.stdin.readline()
+folder = Path(sys.argv[2])
+features._fill(folder, make)
+assert (folder / "values").read_text() == "whole"
+"""
+
+
+def test_of_two_processes_one_makes_what_both_need(tmp_path):
+    command = [sys.executable, "-c", TOGETHER, str(Path(features.__file__).parent), str(tmp_path / "features_x")]
+    ways = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **ways) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(out for out, _ in said) == ["", "makes\n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["features_x"]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1000], lambda content: content[:-3], lambda content: b""])
+@pytest.mark.parametrize("kind", ["features", "encoded"])
+def test_a_damaged_folder_of_the_cache_is_named(kind, damage, made, whispers, tmp_path):
+    _, part = made
+
+    def read():
+        again = features.features_of(part.clips, sound_prints(part.clips), part.seconds, 80, 2, tmp_path)
+        return features.encoded_of(again, load_whisper(str(whispers["english"]), window=2), "a model", tmp_path)
+
+    before = read().of(0)
+    (file,) = tmp_path.glob(f"{kind}_*/values.*")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{file.parent} is damaged \(.*\): remove it"):
+        read()
+    shutil.rmtree(file.parent)
+    assert torch.equal(read().of(0), before)
 
 
 def test_masks_are_of_copies_within_the_recording_and_as_wide_as_they_may_be():

@@ -195,6 +195,11 @@ def test_the_table_is_of_means_intervals_and_what_was_cut():
     other = record(trials[-1], 54.0, data="other")
     with pytest.raises(ValueError, match="made on different data"):
         printed(trials, [*found[:-1], other])
+    found[-1]["test"]["data"] = "one"
+    assert printed(trials, found)  # older records do not say what they were tested on
+    found[-2]["test"]["data"] = "other"
+    with pytest.raises(ValueError, match="made on different data"):
+        printed(trials, found)
 
 
 def test_curves_are_of_each_row_language_and_flags(tmp_path, capsys):
@@ -231,7 +236,7 @@ def test_what_others_print_is_a_note_and_no_row():
     assert "0.5075" not in printed(small, [record(trial, 60.0) for trial in small])
 
 
-@pytest.mark.parametrize(("flag", "value"), [("rank", "2"), ("learning_rate", "1e-3"), ("max_steps", "10")])
+@pytest.mark.parametrize(("flag", "value"), [("rank", "2"), ("learning_rate", "1e-3"), ("spec_augment", "true")])
 def test_settings_of_training_go_to_the_rows_that_train(flag, value, capsys):
     """zero_shot is always a row, refuses a method's settings, and says the same whatever the trainer's are."""
     options = campaign.parse(TABLE, ["asr", "--languages", "it", "--methods", "recipe_small", "--seeds", "0", "--plan"])

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 
+import jiwer
 import numpy as np
 import pytest
 import soundfile
 import torch
 from speech_helpers import ENGLISH_ONLY, save_whisper, sound
 from transformers import TrainerCallback, WhisperForConditionalGeneration
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 from transformers.models.whisper.modeling_whisper import shift_tokens_right
 
 import run_asr
@@ -17,11 +21,11 @@ import score_speech
 import train_speech
 import transcribe
 import word_errors
-from normalisers import raw
+from normalisers import normaliser, raw
 from speech_data import Clip, read_outputs
 from speech_rows import IGNORED, decoder_inputs, text_tokens
-from vblora.io import read_json, read_tensors
-from whisper_models import adapts_encoder, load_tokenizer, load_whisper, prompt_of
+from vblora.io import read_json, read_tensors, write_json
+from whisper_models import load_tokenizer, load_whisper, prompt_of
 
 METHODS = {
     "vblora": ["--num_vectors", "12", "--vector_length", "16", "--topk", "2", "--rank", "2"],
@@ -99,9 +103,11 @@ def test_a_shorter_window_keeps_the_first_positions(whispers, tmp_path):
 
 
 @pytest.mark.parametrize(("targets", "layers"), [("decoder", 20), ("encoder", 12), ("both", 32), ("cross", 8)])
-def test_targets_are_the_layers_of_their_side(targets, layers, whispers, flags, tmp_path):
+def test_targets_are_the_layers_of_their_side(targets, layers, flags, tmp_path, monkeypatch):
     """Two layers a side: 10 linear layers in one of the decoder's, 6 in the encoder's, 4 of the cross-attention."""
-    command = ["--method", "lora", *METHODS["lora"], "--targets", targets, "--max_steps", "1"]
+    command, kept = ["--method", "lora", *METHODS["lora"], "--targets", targets, "--max_steps", "1"], []
+    original = train_speech.encoded_of
+    monkeypatch.setattr(train_speech, "encoded_of", lambda *given: kept.append(1) or original(*given))
     result = train_speech.main(flags("english", *command))
     tensors, _ = read_tensors(tmp_path / "run" / "last" / "adapter_model.safetensors")
     adapted = {name.rpartition(".lora_")[0] for name in tensors}
@@ -110,7 +116,26 @@ def test_targets_are_the_layers_of_their_side(targets, layers, whispers, flags, 
     )
     sides = {side for side in ("encoder", "decoder") for name in adapted if f".{side}." in name}
     assert sides == {"both": {"encoder", "decoder"}, "cross": {"decoder"}}.get(targets, {targets})
-    assert adapts_encoder(load(whispers["english"])[0], targets) == ("encoder" in sides)
+    assert len(kept) == (0 if "encoder" in sides else 2)  # of the training and of the development part
+
+
+ENCODER = r"(.*\.)?encoder\.layers\.\d+\.fc1"
+
+
+@pytest.mark.parametrize("method", ["file", "lora", "vblora", "tied_lora", "vera"])
+def test_an_encoder_that_other_settings_adapt_is_trained(method, flags, tmp_path):
+    """Though --targets says decoder: its outputs are not taken from before the training."""
+    (tmp_path / "lora.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ENCODER})
+    )
+    command = ["--method", str(tmp_path / "lora.json")]
+    if method != "file":
+        settings = METHODS.get(method, ["--rank", "2"])
+        command = ["--method", method, *settings, "--method_settings", json.dumps({"target_modules": ENCODER})]
+    losses = train_speech.main(flags("english", *command))["validation_losses"]
+    assert losses[1] != losses[0]
+    tensors, _ = read_tensors(tmp_path / "run" / "last" / "adapter_model.safetensors")
+    assert all("encoder" in name or "layers" not in name for name in tensors)
 
 
 # --- Runs ---------------------------------------------------------------------------------------------------------
@@ -152,8 +177,84 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
     record = run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "4"))
     assert record["stored_parameters"] == {"parameters": 0, "bytes": 0} and record["steps"] == 0
     assert not (tmp_path / "run" / "last").exists() and record["prompt"]["token"] == ""
-    with pytest.raises(ValueError, match="--method zero_shot trains nothing"):
-        run_asr.main(flags("english", "--method", "zero_shot", "--rank", "2"))
+
+
+@pytest.mark.parametrize(
+    ("useless", "message"),
+    [
+        (["--rank", "2"], "--method zero_shot trains nothing and has no settings"),
+        (
+            ["--learning_rate", "5"],
+            "--learning_rate does nothing with --method zero_shot, which trains nothing: leave it",
+        ),
+        (["--spec_augment", "true"], "--spec_augment does nothing"),
+        (["--config", "run.yaml"], "--num_train_epochs does nothing"),
+    ],
+)
+def test_zero_shot_refuses_what_does_nothing(useless, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("num_train_epochs: 2\n")
+    command = ["--row", "large_v2_fleurs/zero_shot", "--language", "it", "--data_dir", "x", "--output_dir", "y"]
+    for chosen in (["--bf16", "false"], ["--seed", "1", "--use_cpu", "true", "--report_to", "none"]):
+        run_asr.parse([*command, *chosen])  # the row's own, and what is of the process or the place
+    with pytest.raises(ValueError, match=message):
+        run_asr.parse([*command, "--bf16", "false", *useless])
+
+
+def test_a_changed_test_part_is_refused_where_there_is_a_record(flags, tones, tmp_path):
+    data = shutil.copytree(tones, tmp_path / "data")
+    command = flags("english", "--method", "zero_shot", "--max_new_tokens", "4", "--data_dir", str(data))
+    record, table = run_asr.main(command), data / "test.tsv"
+    assert record["test"]["data"] == read_json(tmp_path / "run" / "test.decoding.json")["data"]
+    table.write_text(table.read_text().replace("do re mi", "do re fa"))
+    with pytest.raises(
+        ValueError, match=r"record of another test part: .*test\.tsv or its recordings have changed; put"
+    ):
+        run_asr.main(command)
+    file = tmp_path / "run" / "record.json"
+    write_json(file, {**record, "test": {name: value for name, value in record["test"].items() if name != "data"}})
+    assert "data" not in run_asr.main(command)["test"]  # as records were
+
+
+def test_a_wrong_test_part_is_found_before_the_training(flags, tones, tmp_path, monkeypatch):
+    data = shutil.copytree(tones, tmp_path / "data")
+    monkeypatch.setattr(train_speech, "train", lambda settings: pytest.fail("trained first"))
+    command = flags("english", "--method", "lora", *METHODS["lora"], "--data_dir", str(data))
+    (data / "test.tsv").write_text("path\ttext\nnone.wav\tdo\n")
+    with pytest.raises(ValueError, match=r"test\.tsv, line 2: no recording"):
+        run_asr.main(command)
+    (data / "test.tsv").unlink()
+    with pytest.raises(ValueError, match=r"has no test\.tsv"):
+        run_asr.main(command)
+
+
+def test_a_recording_called_otherwise_than_in_its_text_is_named(flags, tones, whispers, cache, tmp_path):
+    data, run = shutil.copytree(tones, tmp_path / "data"), tmp_path / "run"
+    command = flags("english", "--method", "zero_shot", "--max_new_tokens", "4", "--data_dir", str(data))
+    record = run_asr.main(command)
+    (run / "record.json").unlink()
+    table = data / "test.tsv"
+    table.write_text(table.read_text().replace("test_1.wav", "./test_1.wav"))
+    with pytest.raises(ValueError, match=r"has no row for test_1\.wav, which .*: remove .*run/test\.tsv"):
+        run_asr.main(command)
+    (run / "test.tsv").unlink()
+    assert run_asr.main(command)["test"] == record["test"]
+
+
+def test_a_folder_of_zero_shot_is_of_one_run(flags, tones, whispers, cache, tmp_path):
+    """It holds no adapter: what tells it from another window's is the run's plan."""
+    command = ["--method", "zero_shot", "--max_new_tokens", "4"]
+    record, run = run_asr.main(flags("english", *command)), tmp_path / "run"
+    with pytest.raises(ValueError, match=r"holds a run with other settings \(window: 1 before, 2 now\)"):
+        run_asr.main(flags("english", *command, "--window", "2"))
+    for name in ("record.json", "training.json"):
+        (run / name).unlink()
+    with pytest.raises(ValueError, match=r"dev\.tsv has texts of other settings \(run: "):
+        run_asr.main(flags("english", *command, "--window", "2"))
+    (run / "training.json").unlink()
+    note = read_json(run / "dev.decoding.json")
+    write_json(run / "dev.decoding.json", {name: value for name, value in note.items() if name != "run"})
+    assert run_asr.main(flags("english", *command))["test"] == record["test"]  # older notes do not name their run
 
 
 def test_a_fixed_encoder_computed_once_or_in_every_step_gives_one_training(flags, tmp_path):
@@ -298,8 +399,20 @@ def test_word_and_character_rates_are_counted_over_all_recordings():
     assert rates["cer"]["length"] == 7 + 3 and rates["cer"]["insertions"] == 10
     with pytest.raises(ValueError, match="1 references and 0 hypotheses"):
         word_errors.rates(["a"], [], {"raw": raw})
-    with pytest.raises(ValueError, match="nothing is left of the references"):
-        word_errors.rates(["!"], ["a"], {"none": lambda text: ""})
+    none = {"none": lambda text: ""}
+    with pytest.raises(
+        ValueError, match=r"nothing is left of the references of r\.tsv under the normaliser none: take"
+    ):
+        word_errors.rates(["!"], ["a"], {"raw": raw, **none}, "r.tsv")
+
+
+def test_character_rates_are_jiwers_under_whispers_normaliser():
+    """It leaves a blank where a text ends with punctuation, which nobody said."""
+    references, hypotheses = ["Ciao a tutti.", "Sì!", "Perché no?"], ["ciao tutti", "si", "Perche no."]
+    basic = BasicTextNormalizer()
+    expected = jiwer.cer(*([basic(text).strip() for text in texts] for texts in (references, hypotheses)))
+    rate = word_errors.rates(references, hypotheses, {"basic": normaliser("basic")})["basic"]["cer"]
+    assert rate["percent"] == pytest.approx(100 * expected) and rate["length"] == len("ciao a tuttisiperche no")
 
 
 def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
@@ -312,13 +425,31 @@ def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
 def test_outputs_and_references_must_name_the_same_recordings(tmp_path):
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tdo\n")
     (tmp_path / "ref.tsv").write_text("path\ttext\na.wav\tdo\nb.wav\tre\n")
-    with pytest.raises(ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has"):
-        score_speech.main([str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")])
+    command = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")]
+    with pytest.raises(
+        ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has: score against .*leave_out"
+    ):
+        score_speech.main(command)
+    with pytest.raises(ValueError, match=rf"^--json {tmp_path} is a folder: name a file in it$"):
+        score_speech.main([*command, "--json", str(tmp_path)])
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tDo\nb.wav\t\n")
-    arguments = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv"), "--json", str(tmp_path / "rates.json")]
-    result = score_speech.main(arguments)
+    result = score_speech.main([*command, "--json", str(tmp_path / "rates.json")])
     assert result["rates"]["raw"]["wer"]["percent"] == 100 and result["rates"]["unicode"]["wer"]["percent"] == 50
     assert read_json(tmp_path / "rates.json")["empty_outputs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (score_speech.main, ["a.tsv"], "the following arguments are required: REFERENCES"),
+        (score_speech.main, ["a.tsv", "b.tsv", "--normalisers", "french"], "invalid choice: 'french'"),
+        (transcribe.main, ["run", "--data_dir", "x", "--split", "validation"], "invalid choice: 'validation'"),
+        (transcribe.main, ["run", "--data_dir", "x", "--beam", "one"], "invalid int value: 'one'"),
+    ],
+)
+def test_wrong_flags_are_one_line(main, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(arguments)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"text": 1, "ended": true}', '{"text": "a"}', "[" * 100_000], ids=range(5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -66,7 +67,7 @@ def packed(found, version=6, kind="WhisperSpec"):
     def text(value):
         return struct.pack("<H", len(value) + 1) + value.encode() + b"\0"
 
-    codes = {"float16": 4, "int16": 2, "float32": 0}
+    codes = {"float16": 4, "int16": 2, "int8": 1, "float32": 0}
     parts = [struct.pack("<I", version), text(kind), struct.pack("<I", 3), struct.pack("<I", len(found))]
     for name, array in found.items():
         shape = struct.pack(f"<B{array.ndim}I", array.ndim, *array.shape)
@@ -126,6 +127,47 @@ def test_files_that_are_no_whisper_are_named(source, tmp_path):
             read_variables(path)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         convert(tmp_path, tmp_path / "out")
+
+
+def test_a_quantised_model_is_refused(source, tmp_path):
+    """As CTranslate2 keeps it: whole numbers under the weight's name, and a scale for each row."""
+    _, folder = source
+    shutil.copytree(folder, tmp_path / "int8")
+    name = "encoder/layer_0/ffn/linear_0/weight"
+    found = {**read_variables(folder / "model.bin")}
+    rows = len(found[name])
+    whole, scales = np.ones(found[name].shape, np.int8), np.ones(rows, np.float32)
+    for wrong, named in (
+        ({name: whole, f"{name}_scale": scales}, f"{name} .int8"),
+        ({f"{name}_scale": scales}, "_scale"),
+    ):
+        (tmp_path / "int8" / "model.bin").write_bytes(packed({**found, **wrong}))
+        with pytest.raises(ValueError, match=rf"model\.bin: .*{named}.* quantised model: take the float16 or float32"):
+            convert(tmp_path / "int8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "key"),
+    [
+        ("tokenizer.json", {}, "added_tokens"),
+        ("tokenizer.json", {"added_tokens": []}, r"<\|endoftext\|>"),
+        ("tokenizer.json", {"added_tokens": [{"id": 1}]}, "content"),
+        ("config.json", {}, "suppress_ids"),
+        ("model.bin", "decoder/embeddings/weight", "decoder/embeddings/weight"),
+        ("model.bin", "encoder/layer_1/ffn/linear_1/bias", "encoder/layer_1/ffn/linear_1/bias"),
+    ],
+)
+def test_what_a_file_lacks_is_named(file, content, key, source, tmp_path):
+    _, folder = source
+    shutil.copytree(folder, tmp_path / "source")
+    if file == "model.bin":
+        found = read_variables(folder / file)
+        (tmp_path / "source" / file).write_bytes(packed({n: array for n, array in found.items() if n != content}))
+    else:
+        (tmp_path / "source" / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"source/{file} has no '{key}'"):
+        convert(tmp_path / "source", tmp_path / "out")
 
 
 def test_wheels_are_joined_and_held_to_their_sha256(source, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ CIDEr: 2.3039
         ("r.txt", "\n" + TEXT, "{}, line 1: a blank line with no references before it"),
         ("r.txt", TEXT.replace("\n\n", "\n\n\n"), "{}, line 4: a blank line with no references before it"),
         ("r.txt", "", "{}: no references"),
-        ("r.txt", "café".encode("latin-1"), "{}: not UTF-8 text"),
+        ("r.txt", "café".encode("latin-1"), "{}, line 1: not UTF-8 text"),
         ("r.csv", "mr,text\na,b\n", "{}: needs the columns mr and ref; found mr, text"),
         ("r.csv", "mr,ref\na,b,c\n", "{}, line 2: 3 columns instead of 2"),
         ("r.csv", "mr,ref\na, \n", "{}, line 2: an empty reference"),

@@ -194,7 +194,7 @@ def test_a_bad_json_row_is_named(tmp_path, text, words):
 def test_not_utf8_is_named(tmp_path):
     write_rte(tmp_path, "tsv")
     (tmp_path / "train.tsv").write_bytes(b"sentence1\tsentence2\tlabel\ncaf\xe9\tb\t1\n")
-    with pytest.raises(ValueError, match=r"train\.tsv: not UTF-8"):
+    with pytest.raises(ValueError, match=r"train\.tsv, line 2: not UTF-8"):
         load_task("rte", tmp_path)
 
 
