@@ -72,6 +72,9 @@ METHODS_OF_MODELS: dict[tuple[str, str], dict[str, Any]] = {
     # On both sides of large-v2: 14,417,920.
     **{(model, "recipe_small"): {"recipe_bytes": 2_880_000} for model in ("large_v2_fleurs", "large_v2_common_voice")},
     **{(model, "vblora"): {"num_vectors": 90, "vector_length": 128} for model in ("tiny_en", "base")},
+    # As LoRA's and the recipe's, the best of a search on Italian's development part with tiny.en (docs/speech.md).
+    **{(model, "vera"): {"learning_rate": 4e-2} for model in ("tiny_en", "base")},
+    **{(model, "lora_xs"): {"learning_rate": 1.6e-2} for model in ("tiny_en", "base")},
     **{(model, "vera"): {"rank": 1024} for model in ("large_v2_fleurs", "large_v2_common_voice")},
 }
 
