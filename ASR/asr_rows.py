@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {"method": "zero_shot"},
     "full": {"method": "full", "targets": "both", "learning_rate": 1e-5},
     "lora": {"method": "lora", "rank": 8, "lora_alpha": 8, "learning_rate": 3e-3},
-    "dora": {"method": "dora", "rank": 8, "lora_alpha": 8, "learning_rate": 1e-3},
+    "dora": {"method": "dora", "rank": 8, "lora_alpha": 8, "learning_rate": 3e-3},  # LoRA's rate
     "vera": {"method": "vera", "rank": 256, "learning_rate": 1e-2},
     "lora_xs": {"method": "lora_xs", "rank": 32, "learning_rate": 4e-3},
     # As in the paper's other experiments: both kinds of rates, a small bank, two vectors mixed.
