@@ -190,6 +190,7 @@ def kept(runs: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, An
 SEARCHED = {
     "rank": "r",
     "num_vectors": "h",
+    "vector_length": "b",
     "topk": "k",
     "share_of_a": "A's share",
     "init_vector_bank_bound": "bound",

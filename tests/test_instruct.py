@@ -254,8 +254,9 @@ def test_the_plan_of_llama2_7b_by_hand(tmp_path):
     ],
 )
 def test_wrong_input_is_named(more, message, flags):
+    sizes = () if "full" in more else VBLORA
     with pytest.raises(ValueError, match=message):
-        instruct.main(flags(*VBLORA, *more), folder())
+        instruct.main(flags(*sizes, *more), folder())
 
 
 def test_bitsandbytes_adamw_trains_what_has_no_logits(flags):

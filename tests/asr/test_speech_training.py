@@ -182,7 +182,8 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
 @pytest.mark.parametrize(
     ("useless", "message"),
     [
-        (["--rank", "2"], "--method zero_shot trains nothing and has no settings"),
+        (["--rank", "2"], "--rank does nothing with --method zero_shot: leave it out"),
+        (["--learning_rate_adapter", "2"], "--method zero_shot trains nothing and has no settings"),
         (
             ["--learning_rate", "5"],
             "--learning_rate does nothing with --method zero_shot, which trains nothing: leave it",
