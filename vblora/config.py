@@ -63,13 +63,8 @@ class AdapterConfig:
     target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "target_modules",
-            "exclude_modules",
-            "modules_to_save",
-            "layers_to_transform",
-            "target_parameters",
-        ):
+        lists = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "target_parameters")
+        for name in lists:
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
