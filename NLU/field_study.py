@@ -106,7 +106,10 @@ def name_of(key: Key) -> str:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.measure is not None:
-        write_json(options.measure, {"benchmark": "field", "rows": measure(options.rows), **environment()})
+        before = read_json(options.measure)["rows"] if options.measure.exists() else {}
+        write_json(
+            options.measure, {"benchmark": "field", "rows": {**before, **measure(options.rows)}, **environment()}
+        )
         return
     source = options.records if options.records is not None else options.runs
     found = dict(kept(options, source)) if options.no_runs else run_all(options)
@@ -124,13 +127,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--collect", type=Path, help="copy the records into this folder")
-    parser.add_argument("--measure", type=Path, help="measure sizes and steps into this file, and no more")
+    parser.add_argument("--measure", type=Path, help="measure sizes and steps into this file, beside what it has")
     parser.add_argument("--table", choices=["scores", "search"], default="scores")
     parser.add_argument("--records", type=Path, help="print the table from the records in this folder")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
     options = commands.one_line_errors(parser).parse_args(arguments)
-    if (options.records is not None) != options.no_runs:
-        raise ValueError("--records FOLDER and --no_runs go together: the table of kept records")
+    commands.check_kept_records(options)
+    options.rows = list(dict.fromkeys(options.rows))  # named twice, a row would count twice among the tests
     if shared := sorted(set(options.search_seeds) & set(options.seeds)):
         raise ValueError(
             f"seed {shared[0]} is in --search_seeds and --seeds: the search must not see the seeds of the table"
@@ -172,7 +175,7 @@ def kept(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Key, dict[
                 key = (options.epochs, name, rate, seed)
                 path = folder / f"{name_of(key)}.json"
                 if path.exists():
-                    yield key, read_json(path)
+                    yield key, recipe_study.read_kept(path, changes(name, rate))
 
 
 def score(record: Mapping[str, Any]) -> float:

@@ -27,7 +27,7 @@ import recipe_curves
 from glue_tasks import TASKS
 from hyperparameters import row as flags_of
 from vblora.io import read_json, replacing
-from vblora_experiments import bars, commands, records, tables
+from vblora_experiments import bars, commands, records, runs, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "recipe"
@@ -59,6 +59,7 @@ ROWS: dict[str, Flags] = {
     "recipe_root": {**RECIPE, **ROOT_DECAY},
     "recipe_small_root": {**RECIPE, "recipe_bytes": SMALL, **ROOT_DECAY},
     # One thing taken out of the recipe, or put in, at as many bytes.
+    "recipe_r3": {**RECIPE, "rank": 3, "recipe_bytes": 131_856},  # the bytes of "recipe"
     "recipe_k2": {**RECIPE, "topk": 2},
     "recipe_k3": {**RECIPE, "topk": 3},
     "recipe_undivided": {**RECIPE, "init_vectors_of_a": 0},
@@ -98,7 +99,7 @@ def main(arguments: list[str]) -> None:
     if options.search is not None:
         print(search_table(read_json(options.search)))
         return
-    runs = [
+    keys = [
         (task, epochs, name, seed)
         for seed in options.seeds
         for task in options.tasks
@@ -106,9 +107,9 @@ def main(arguments: list[str]) -> None:
         for name in options.rows
     ]
     found = (
-        {key: run(key, options) for key in bars.bar(runs, "runs")}
+        {key: run(key, options) for key in bars.bar(keys, "runs")}
         if options.records is None
-        else kept(runs, options.records)
+        else kept(keys, options.records)
     )
     there = {key: record for key, record in found.items() if record is not None}
     print(table(there, options.against))
@@ -132,9 +133,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--over", nargs="+", choices=recipe_curves.OVER, default=["epochs"], help="of --picture")
     parser.add_argument("--records", type=Path, nargs="+", help="print the table from the records in these folders")
     parser.add_argument("--no_runs", action="store_true", help="with --records: nothing is run")
-    options = parser.parse_args(arguments)
-    if options.no_runs != (options.records is not None):
-        raise ValueError("--records and --no_runs go together: the table from kept records")
+    options = commands.one_line_errors(parser).parse_args(arguments)
+    commands.check_kept_records(options)
+    if options.against is not None and options.against not in options.rows:
+        raise ValueError(f"--against {options.against} is none of --rows: {' '.join(options.rows)}")
     if options.tasks != [SENTENCES] and options.glue_dir is None and options.records is None:
         raise ValueError("GLUE's tasks need --glue_dir, the folder with GLUE's folders")
     if options.picture is not None and options.picture.suffix not in (".png", ".svg", ".pdf"):
@@ -172,19 +174,34 @@ def train(values: Flags, collect: Path | None) -> dict[str, Any]:
     return record
 
 
-def kept(runs: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, Any] | None]:
+def kept(keys: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, Any] | None]:
     """The records of these runs in the first folder that has them; None for one that is missing.
 
     A run that is MiniLM's row as it stands may be kept as the tables of `reproduce.sh table1` keep it.
     """
     found: dict[Key, dict[str, Any] | None] = {}
-    for key in runs:
+    for key in keys:
         task, epochs, name, seed = key
         names = (name_of(key), f"minilm_{task}_{name}_seed{seed}")
         paths = [folder / f"{one}.json" for folder in folders for one in names]
-        there = (read_json(path) for path in paths if path.exists())
-        found[key] = next((r for r in there if r.get("settings", {}).get("num_train_epochs", epochs) == epochs), None)
+        there = (read_kept(path, ROWS[name]) for path in paths if path.exists())
+        found[key] = next((r for r in there if r["settings"].get("num_train_epochs", epochs) == epochs), None)
     return found
+
+
+def read_kept(path: Path, row: Flags) -> dict[str, Any]:
+    """A kept record of a row.
+
+    Raises:
+        ValueError: it is damaged, or a setting of it is not the row's.
+    """
+    record: dict[str, Any] = read_json(path)
+    records.require_whole(path, record, records.RECORD | records.OF_EXPERIMENT["glue"])
+    settings = record["settings"]
+    shared = {name: value for name, value in row.items() if name in settings}
+    if changed := runs.in_words({name: settings[name] for name in shared}, shared):
+        raise ValueError(f"{path} is no record of this row ({changed})")
+    return record
 
 
 SEARCHED = {

@@ -273,6 +273,23 @@ def test_numbers_outside_a_type_are_refused(tmp_path):
     adapter.pack(tmp_path / FILE, bank="bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("bank", "largest"), [("int8", torch.finfo(torch.float32).max), ("int8", 1e39), ("int4", 1e39)]
+)
+def test_a_number_that_whole_numbers_cannot_hold_is_refused(bank, largest, tmp_path):
+    """The largest float32 divided by 127 and multiplied again is infinite, which is refused; 1e39 is no float32."""
+    content = adapt(build("stack")).content()
+    packed.write(content, tmp_path / FILE)
+    good = (tmp_path / FILE).read_bytes()
+    large = content.tensors["vector_bank"].detach().double()
+    large[0, 0] = largest
+    with pytest.raises(ValueError, match=f"vector_bank has numbers that {bank} cannot hold: use lossless"):
+        packed.write(
+            dataclasses.replace(content, tensors={**content.tensors, "vector_bank": large}), tmp_path / FILE, bank=bank
+        )
+    assert (tmp_path / FILE).read_bytes() == good
+
+
 def test_a_head_that_is_no_number_is_refused(tmp_path):
     """It would be refused when read."""
     model = build("bert")
@@ -679,6 +696,10 @@ def test_another_draw_is_refused(tmp_path, monkeypatch):
     adapter.pack(tmp_path / FILE, selection="seed")
     monkeypatch.setattr(packed.drawn, "MOST_DRAWN", 100)
     with pytest.raises(ValueError, match="logits are more than the 100 drawn for a file"):
+        packed.read(tmp_path / FILE)
+    monkeypatch.undo()
+    monkeypatch.setattr(packed.drawn, "MOST_SELECTED", 10)
+    with pytest.raises(ValueError, match="selected vectors are more than the 10 drawn for a file"):
         packed.read(tmp_path / FILE)
     monkeypatch.undo()
     draw = packed.drawn.draw

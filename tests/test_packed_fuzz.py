@@ -17,6 +17,7 @@ from core_helpers import adapt, build
 
 from vblora.container import Raw, checksum, deserialize, serialize
 from vblora.files import packed
+from vblora.files.encoding import pack_bits, to_whole
 
 SPLIT = {"target_modules": ["c_attn"], "split_modules": {"c_attn": ["q", "k", "v"]}}
 HEAD = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
@@ -265,6 +266,7 @@ CHILD = """
 import os, pathlib, resource, sys, time
 import torch
 from vblora.files import packed
+from vblora.files.encoding import pack_bits, to_whole
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])
@@ -300,3 +302,16 @@ def test_bombs_neither_take_memory_nor_hang(files, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     # A pattern is not run when a file is read, nor when it is loaded into a model.
     assert "pattern to run" in done.stdout and done.stdout.count("taken") == 1
+
+
+def test_four_bits_are_for_the_bank_alone():
+    """A file of anybody that has something else in them is refused, as the format says."""
+    data = packed.dumps(adapt(build("stack"), topk=3), bank="int4")
+    raws, metadata = deserialize(data)
+    raws, header = dict(raws), json.loads(metadata[packed.HEADER])
+    steps, scale = to_whole(torch.rand(len(raws["topk_weights"].tensor()), 2), 4)
+    raws["topk_weights"] = Raw.of(pack_bits(steps.cpu() + 8, 4))
+    raws["scale.topk_weights"] = Raw.of(scale)
+    header["codes"]["topk_weights"] = "int4"
+    with pytest.raises(ValueError, match="topk_weights is written in a way that is not known here: 'int4'"):
+        packed.loads(signed(json.dumps(header), raws))

@@ -179,7 +179,7 @@ def recipe(
     check_rank(r, shapes)
     b, why_b = _length(shapes) if vector_length is None else (vector_length, "as given")
     h, why_h = (num_vectors, "as given") if num_vectors is not None else _vectors(shapes, r, b, topk, max_bytes)
-    start = {"init_logits_std": LOGITS_STD, "init_vectors_of_a": max(topk, round(SHARE_OF_A * h)), **settings}
+    start = {"init_logits_std": LOGITS_STD, "init_vectors_of_a": _vectors_of_a(h, r, topk), **settings}
     chosen = {"r": r, "topk": topk, "num_vectors": h, "vector_length": b, **start}
     config = VBLoRAConfig(target_modules=target_modules, **chosen)
     if "init_vector_bank_bound" not in settings:
@@ -254,6 +254,11 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
             f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
         )
     return h, why
+
+
+def _vectors_of_a(h: int, r: int, topk: int) -> int:
+    """A quarter of the bank, or of a small one as many as A has rows: of one vector all rows would be the same."""
+    return max(topk, min(r, h // 2), round(SHARE_OF_A * h))
 
 
 def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:

@@ -62,3 +62,20 @@ def check_least(options: Any, **least: float) -> None:
     for name, bound in least.items():
         if (value := getattr(options, name)) is not None and not value >= bound:
             raise ValueError(f"--{name} must be at least {bound}, not {value}")
+
+
+def check_kept_records(options: argparse.Namespace) -> None:
+    """Of a study's command: --records and --no_runs print the table of kept records, from folders that are there.
+
+    Raises:
+        ValueError: one without the other, a folder that does not exist, or a flag for runs beside them.
+    """
+    if options.no_runs != (options.records is not None):
+        raise ValueError("--records FOLDER and --no_runs go together: the table of kept records")
+    if not options.no_runs:
+        return
+    folders = options.records if isinstance(options.records, list) else [options.records]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"--records {missing[0]} is no folder")
+    if options.collect is not None:
+        raise ValueError("--collect copies the records of runs, and with --no_runs there are none")

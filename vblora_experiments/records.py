@@ -6,7 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -98,9 +98,18 @@ def read_files(paths: Sequence[Path], experiment: str) -> list[tuple[Path, dict[
     files = [f for path in paths for f in (_record_files(path) if path.is_dir() else [path])]
     found = [(file, record) for file in files if (record := read_json(file)).get("experiment") == experiment]
     for file, record in found:
-        if fault := fault_of(record, RECORD | OF_EXPERIMENT.get(experiment, {})):
-            raise ValueError(f"{file}: no record of a run, or a damaged one: {fault}")
+        require_whole(file, record, RECORD | OF_EXPERIMENT.get(experiment, {}))
     return found
+
+
+def require_whole(file: Path, record: Any, shape: Mapping[str, Any]) -> None:
+    """Refuse a record that lacks what a table is made of.
+
+    Raises:
+        ValueError: naming the file and what is wrong in it.
+    """
+    if fault := fault_of(record, dict(shape)):
+        raise ValueError(f"{file}: no record of a run, or a damaged one: {fault}")
 
 
 def fault_of(value: Any, shape: Any, name: str = "") -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 FORMATS = ("markdown", "csv", "latex")
 Lines = list[list[str]]
-WORDS = ("model", "method", "task", "variant", "")  # the columns that are not numbers
+WORDS = ("model", "method", "task", "unseen task", "variant", "adapter", "")  # the columns that are not numbers
 
 
 def render(header: Sequence[str], lines: Lines, format: str, notes: Sequence[str] = ()) -> str:

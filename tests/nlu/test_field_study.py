@@ -12,8 +12,12 @@ from field_study import ROWS
 
 
 def record(score):
-    last = {"matthews_correlation": score / 100}
-    return {"scores": {"metric": "matthews_correlation", "epochs": [last], "last": last}}
+    last = {"epoch": 3, "matthews_correlation": score / 100}
+    return {
+        **{"method": "vblora", "model": "m", "seed": 0, "task": "cola", "settings": {}},
+        "stored_parameters": {"parameters": 9, "bytes": 36},
+        "scores": {"metric": "matthews_correlation", "epochs": [last], "last": last, "best": last},
+    }
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -66,3 +70,12 @@ def test_the_table_from_records(folder, capsys):
 def test_the_search_must_not_see_the_seeds_of_the_table():
     with pytest.raises(ValueError, match="seed 4 is in --search_seeds and --seeds"):
         field_study.main(["field", "--search_seeds", "4"])
+
+
+def test_sizes_are_measured_into_the_file_beside_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(field_study, "measure", lambda names: {name: {"stored": 2} for name in names})
+    before = {"rows": {"vera": {"stored": 1}, "recipe": {"stored": 1}}}
+    (tmp_path / "steps.json").write_text(json.dumps(before))
+    field_study.main(["field", "--rows", "vera", "vera", "--measure", str(tmp_path / "steps.json")])
+    found = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert found == {"vera": {"stored": 2}, "recipe": {"stored": 1}}

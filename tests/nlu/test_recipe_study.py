@@ -17,6 +17,7 @@ def record(score, stored=100):
     epochs = [{"epoch": 1.0, "matthews_correlation": score / 2}, {"epoch": 2.0, "matthews_correlation": score}]
     scores = {"metric": "matthews_correlation", "epochs": epochs, "last": epochs[-1], "best": epochs[-1]}
     return {
+        **{"method": "vblora", "model": "m", "seed": 0, "task": "cola"},
         "scores": scores,
         "stored_parameters": {"parameters": stored, "bytes": 4 * stored},
         "settings": {"num_train_epochs": 2},
@@ -96,6 +97,19 @@ def test_kept_records_make_the_table_and_the_pictures(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": None}, "no record of a run, or a damaged one: scores is None"),
+        ({"settings": {"num_train_epochs": 3, "topk": 3}}, r"no record of this row \(topk: 3 before, 2 now\)"),
+    ],
+)
+def test_a_kept_record_that_is_damaged_or_another_rows_is_refused(changes, message, tmp_path):
+    write_json(tmp_path / "sentences_e3_plain_seed0.json", {**record(0.6), **changes})
+    with pytest.raises(ValueError, match=message):
+        recipe_study.main(["recipe", "--records", str(tmp_path), "--no_runs", "--rows", "plain"])
+
+
+@pytest.mark.parametrize(
     ("over", "points"),
     [
         ("epochs", [(1, 30), (2, 60)]),
@@ -115,6 +129,7 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
         ("minilm_cola_lora_qv_seed1", 9),
     ):
         (tmp_path / f"{name}.json").write_text(json.dumps({**record(0.2), "settings": {"num_train_epochs": epochs}}))
+    (tmp_path / "empty").mkdir()
     places = ["--records", str(tmp_path / "empty"), str(tmp_path), "--no_runs", "--glue_dir", "unused"]
     recipe_study.main(["recipe", "--tasks", "cola", "--rows", "recipe_small", "lora_qv", *places])
     assert [line.split("|")[4:8] for line in capsys.readouterr().out.splitlines()[2:]] == [
@@ -129,6 +144,10 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
         (["--no_runs"], "go together"),
         (["--tasks", "cola"], "--glue_dir"),
         (["--picture", "curves"], "must end with .png"),
+        (["--against", "lora_qv"], "--against lora_qv is none of --rows"),
+        (["--records", "none", "--no_runs"], "--records none is no folder"),
+        (["--records", ".", "--no_runs", "--collect", "x"], "--collect copies the records of runs"),
+        (["--seeds", "x"], "--seeds: invalid int value"),
     ],
 )
 def test_what_is_missing_is_named(flags, message):

@@ -120,7 +120,7 @@ class Reader:
             raw = self._pop(name, "as it is")
             _require(name, raw, FLOATS, shape)
             tensor = raw.tensor()
-        elif code == "int8" or (code == "int4" and shape is not None):  # int4's shape is not in the file
+        elif code == "int8" or (code == "int4" and name == "vector_bank"):  # int4's shape is not in the file
             tensor = self._whole(name, code, shape)
         else:
             dtype, planes_shape = _planes_of(name, code)

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from vblora.bank import Layout, select, topk_tensors
 from vblora.config import VBLoRAConfig
+from vblora.counts import sub_vectors
 from vblora.logits import draw
 from vblora.shapes import LayerShape
 
 SELECTION = ("topk_indices", "topk_weights")
-MOST_DRAWN = 2**30  # logits: some seconds, and 13 times those of Llama2-7B with a bank of 2,048
+# Of anybody's file: the time to draw, and the memory of what is selected. Llama2-70B's linear layers with r 4, b 256,
+# k 4 and a bank of 2,048 have 414 million logits and select 0.8 million vectors.
+MOST_DRAWN, MOST_SELECTED = 2**29, 2**22
 
 
 def selection_of(config: VBLoRAConfig, shapes: Sequence[LayerShape], seed: int | None) -> dict[str, Tensor]:
@@ -30,11 +33,14 @@ def selection_of(config: VBLoRAConfig, shapes: Sequence[LayerShape], seed: int |
     """
     if seed is None:
         raise ValueError("no seed is known for it, so that its selection cannot be drawn again")
-    layout = Layout(shapes, config.r, config.vector_length)
-    if layout.rows * config.num_vectors > MOST_DRAWN:
+    rows = sub_vectors(shapes, config.r, config.vector_length)
+    if rows * config.num_vectors > MOST_DRAWN:
+        raise ValueError(f"{rows * config.num_vectors:,} logits are more than the {MOST_DRAWN:,} drawn for a file")
+    if rows * config.topk > MOST_SELECTED:
         raise ValueError(
-            f"{layout.rows * config.num_vectors:,} logits are more than the {MOST_DRAWN:,} drawn for a file"
+            f"{rows * config.topk:,} selected vectors are more than the {MOST_SELECTED:,} drawn for a file"
         )
+    layout = Layout(shapes, config.r, config.vector_length)
     bank, blocks = draw(config, layout.parts, seed)
     chosen = [select(block, config.topk) for block in blocks]
     values, indices = (torch.cat(parts) for parts in zip(*chosen, strict=True))

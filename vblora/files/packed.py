@@ -24,7 +24,7 @@ from vblora.files import drawn, shared_bank
 from vblora.files.content import Content, check_floats, check_tensors, outputs_of
 from vblora.files.decoding import SCALE_PREFIX, WHOLE_BITS, Reader
 from vblora.files.directory import HEAD_PREFIX
-from vblora.files.encoding import bits_for, pack_bits, to_planes, to_steps, to_whole
+from vblora.files.encoding import bits_for, from_whole, pack_bits, to_planes, to_steps, to_whole
 from vblora.files.layer_names import compact, expand, fingerprint
 from vblora.io import replacing
 from vblora.shapes import LayerShape, check_rank
@@ -241,6 +241,8 @@ def _put(raws: dict[str, Raw], codes: dict[str, Any], name: str, tensor: Tensor,
         raws[name] = Raw.of(rounded)
     elif setting in WHOLE_BITS and tensor.dim() > 1:
         whole, scale = to_whole(tensor, WHOLE_BITS[setting])
+        if not (torch.isfinite(scale).all() and torch.isfinite(from_whole(whole, scale)).all()):
+            raise ValueError(f"{name} has numbers that {setting} cannot hold: use lossless")
         raws[name] = Raw.of(whole if setting == "int8" else pack_bits(whole.cpu() + 8, 4))
         raws[SCALE_PREFIX + name], codes[name] = Raw.of(scale), setting
     else:
@@ -261,7 +263,8 @@ def loads(data: bytes, bank_of: Callable[[str], Tensor] | None = None) -> Conten
     """The adapter in a packed file's bytes, all of it checked.
 
     No number of the file is believed before the bytes behind it are counted: reading takes memory in proportion to
-    the file (the factors, which `Content.factors` makes, are larger).
+    the file (the factors, which `Content.factors` makes, are larger). Only a selection that the seed draws has no
+    bytes; how much is drawn has limits of its own (vblora.files.drawn).
 
     Args:
         data: the file's bytes.
