@@ -76,8 +76,10 @@ def rows_of(task: str, glue_dir: Path, tokenizer: Any, seed: int, settings: Sett
     from transformers import DataCollatorWithPadding
 
     data = load_task(task, glue_dir / TASKS[task].folder, max_train=settings.most_rows, seed=seed)
-    parts = (tokenize(data[part], tokenizer, settings.longest).to_list() for part in ("train", "validation"))
-    return Rows(task, *parts, DataCollatorWithPadding(tokenizer))
+    training, validation = (
+        tokenize(data[part], tokenizer, settings.longest).to_list() for part in ("train", "validation")
+    )
+    return Rows(task, training, validation, DataCollatorWithPadding(tokenizer))
 
 
 def train(model: nn.Module, rows: Rows, groups: Groups, seed: int, settings: Settings) -> list[float]:

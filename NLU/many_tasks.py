@@ -28,6 +28,7 @@ import argparse
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -107,17 +108,17 @@ class Study:
     def run_all(self, keys: Sequence[Key]) -> Iterator[tuple[Key, Record]]:
         for key in bars.bar(keys, "runs"):
             self.prepare(key)
-            yield key, self.once(self.runs / key.name, key._asdict(), lambda key=key: self.train(key))
+            yield key, self.once(self.runs / key.name, key._asdict(), partial(self.train, key))
 
     def prepare(self, key: Key) -> None:
         """Train what the run starts from. Before it, so that a run draws the same numbers whether that was there."""
         if key.variant in ON_THE_BANK:
             folder, of_run = together_in(self.runs, key.unseen, key.seed), {"without": key.unseen, "seed": key.seed}
             places = (self.runs, self.glue_dir, self.settings)
-            self.once(folder, of_run, lambda: train_together(key.unseen, key.seed, *places))
+            self.once(folder, of_run, partial(train_together, key.unseen, key.seed, *places))
         for task in {"lora": (key.unseen,), "lorashare": TOGETHER}.get(key.variant, ()):
             folder, of_run = lora_in(self.runs, task, key.seed), {"lora": task, "seed": key.seed}
-            self.once(folder, of_run, lambda task=task: train_lora(self.start(task, key.seed)))
+            self.once(folder, of_run, partial(self.train_lora, task, key.seed))
 
     def once(self, folder: Path, of_run: Mapping[str, Any], train: Callable[[], Record]) -> Record:
         """The record of a run, which is trained unless its folder has it.
@@ -136,6 +137,9 @@ class Study:
     def train(self, key: Key) -> dict[str, Any]:
         run = self.start(key.unseen, key.seed)
         return {"rows": len(run.rows.train), **VARIANTS[key.variant](run)}
+
+    def train_lora(self, task: str, seed: int) -> dict[str, Any]:
+        return train_lora(self.start(task, seed))
 
     def start(self, task: str, seed: int) -> Run:
         model, tokenizer = many_loop.encoder(seed)

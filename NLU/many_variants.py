@@ -200,7 +200,7 @@ def train_lora(run: Run) -> dict[str, Any]:
         {"params": [p for name, p in trained.items() if "lora_" not in name], "lr": run.settings.head_rate},
     ]
     scores = run.train(groups, adapted)
-    adapted.save_pretrained(lora_in(run.runs, run.rows.task, run.seed))
+    adapted.save_pretrained(str(lora_in(run.runs, run.rows.task, run.seed)))
     return {"scores": scores}
 
 
