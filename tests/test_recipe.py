@@ -273,6 +273,22 @@ def test_a_row_of_a_has_two_sub_vectors_at_least(widths, length):
     assert chosen.config.vector_length == length
 
 
+@pytest.mark.parametrize(
+    ("given", "of_a"),
+    [
+        ({"num_vectors": 2}, 1),
+        ({"num_vectors": 5}, 2),
+        ({"num_vectors": 8}, 4),
+        ({"num_vectors": 6, "topk": 3}, 3),
+        ({"num_vectors": 12, "r": 2}, 3),
+        ({"num_vectors": 40}, 10),
+    ],
+)
+def test_a_small_bank_has_as_many_vectors_for_a_as_a_has_rows(given, of_a):
+    """Half of the bank at most. Of a quarter of five vectors, which is one, every A would have rank 1."""
+    assert vblora.recipe(build("stack"), TARGETS, **given).config.init_vectors_of_a == of_a
+
+
 @pytest.mark.parametrize("std", [0.01, 1.0, 3.0, 10.0])
 @pytest.mark.parametrize("topk", [1, 2, 3])
 @pytest.mark.parametrize("of_a", [0, 30])
