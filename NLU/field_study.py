@@ -5,9 +5,10 @@
     ./scripts/reproduce.sh field --measure results/field/steps.json      # sizes and seconds a step of all, in turns
     ./scripts/reproduce.sh field --records results/field --no_runs       # the tables again, from kept records
 
-The quick start's encoder and sentences, all linear layers of its blocks, batches of 32. Each row has a grid of three
-rates; the rate with the best mean score at the last epoch of the runs on --search_seeds is trained with on --seeds,
-which the search does not see. A run that has a record is not run again, one that was interrupted goes on.
+The quick start's encoder and sentences, all linear layers of its blocks, batches of 32. Each row's search has three
+rates, half, once and twice its middle one, and while the best stands at an end one more beyond it. The rate with the
+best mean score at the last epoch of the runs on --search_seeds is trained with on --seeds, which the search does not
+see. A run that has a record is not run again, one that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any, NamedTuple
@@ -33,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "field"
 STEPS_FILE = "steps.json"
 REFERENCE = "recipe"
+FIRST, MOST = range(-1, 2), 8  # doublings of the middle rate that a search begins with, and how many it has
+EVERY = range(-MOST, MOST + 1)
 STATE = 16  # bytes of a trained number with its gradient and AdamW's two moments, all in float32
 
 
@@ -41,14 +44,18 @@ class Row(NamedTuple):
 
     Attributes:
         flags: of run_glue.py, beside the quick start's.
-        rates: what is tried, for the flag `rate`.
+        middle: where the search of the flag `rate` begins.
         note: where the size is another.
     """
 
     flags: Flags
-    rates: tuple[float, float, float]
+    middle: float
     rate: str = "learning_rate_adapter"
     note: str = ""
+
+    def rates(self, at: Iterable[int]) -> list[float]:
+        """The rates so many doublings above the middle one."""
+        return [self.middle * 2.0**n for n in at]
 
 
 def _peft(method: str, middle: float, note: str = "", **settings: Any) -> Row:
@@ -56,21 +63,17 @@ def _peft(method: str, middle: float, note: str = "", **settings: Any) -> Row:
     flags = {"method": method, "rank": settings.pop("r", None)}
     if settings:
         flags["method_settings"] = json.dumps(settings)
-    return Row(flags, _around(middle), note=note)
-
-
-def _around(middle: float) -> tuple[float, float, float]:
-    return middle / 2, middle, 2 * middle
+    return Row(flags, middle, note=note)
 
 
 # r 1 on query, value and both layers of the MLP.
 SOME = r".*(query|value|intermediate\.dense|\d\.output\.dense)"
 ROWS: dict[str, Row] = {
-    "recipe": Row({"method": "vblora", "recipe": True}, _around(4e-3), "learning_rate_vector_bank"),
-    "lora_r4": Row({"method": "lora", "lora_alpha": 4}, _around(2e-3), note="five times the bytes"),
+    "recipe": Row({"method": "vblora", "recipe": True}, 4e-3, "learning_rate_vector_bank"),
+    "lora_r4": Row({"method": "lora", "lora_alpha": 4}, 2e-3, note="five times the bytes"),
     "lora_r1": Row(
         {"method": "lora", "rank": 1, "lora_alpha": 1, "targets": SOME},
-        _around(2e-3),
+        2e-3,
         note="not on key and attention.output",
     ),
     "uni_lora": _peft("unilora", 1e-2, r=4, theta_d_length=32_964),
@@ -81,12 +84,12 @@ ROWS: dict[str, Row] = {
     "pvera": _peft("pvera", 1e-2, r=169, save_projection=False),
     "rand_lora": _peft("randlora", 2e-3, "one basis, of full rank", r=384, save_projection=False),
     "fourier_ft": _peft("fourierft", 5e-2, n_frequency=915),
-    "wave_ft": _peft("waveft", 5e-2, n_frequency=915),
+    "wave_ft": _peft("waveft", 2e-3, n_frequency=915),
     "beft": _peft("beft", 5e-3, "it has no size to choose"),
     "psoft": _peft("psoft", 2e-3, r=41),
     "c3a": _peft("c3a", 5e-2, block_size=384),
-    "lora_xs": Row({"method": "lora_xs", "rank": 30, "lora_alpha": 30}, _around(4e-3)),
-    "tied_lora": Row({"method": "tied_lora", "rank": 1, "lora_alpha": 1}, _around(2e-3)),
+    "lora_xs": Row({"method": "lora_xs", "rank": 30, "lora_alpha": 30}, 4e-3),
+    "tied_lora": Row({"method": "tied_lora", "rank": 1, "lora_alpha": 1}, 2e-3),
 }
 Key = tuple[int, str, float, int]  # epochs, row, rate, seed
 Found = Mapping[Key, Mapping[str, Any]]
@@ -148,16 +151,28 @@ def run_all(options: argparse.Namespace) -> dict[Key, dict[str, Any]]:
     """Row by row the search, then the best rate on the seeds of the table."""
     found: dict[Key, dict[str, Any]] = {}
     for name in bars.bar(options.rows, "rows"):
-        for seed in bars.bar(options.search_seeds, f"{name}, search"):
-            for rate in ROWS[name].rates:
-                key = (options.epochs, name, rate, seed)
-                found[key] = run(key, options)
-        best = best_rate(found, options.epochs, name, options.search_seeds)
-        assert best is not None
+        best = search(name, found, options)
         for seed in bars.bar(options.seeds, f"{name}, seeds"):
             key = (options.epochs, name, best, seed)
             found[key] = run(key, options)
     return found
+
+
+def search(name: str, found: dict[Key, dict[str, Any]], options: argparse.Namespace) -> float:
+    """The best rate; the runs go into `found`. It goes on beyond an end of the rates where the best stands there."""
+    row, tried = ROWS[name], FIRST
+    while True:
+        for rate in row.rates(tried):
+            for seed in bars.bar(options.search_seeds, f"{name}, search, {rate:g}"):
+                key = (options.epochs, name, rate, seed)
+                if key not in found:
+                    found[key] = run(key, options)
+        best = best_rate(found, options.epochs, name, options.search_seeds)
+        assert best is not None
+        further = range(tried[0] - (best == row.rates(tried)[0]), tried[-1] + 1 + (best == row.rates(tried)[-1]))
+        if further == tried or len(further) > MOST:
+            return best
+        tried = further
 
 
 def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def run(key: Key, options: argparse.Namespace) -> dict[str, Any]:
 def kept(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Key, dict[str, Any]]]:
     """The records of this study in a folder."""
     for name in options.rows:
-        for rate in ROWS[name].rates:
+        for rate in ROWS[name].rates(EVERY):
             for seed in (*options.search_seeds, *options.seeds):
                 key = (options.epochs, name, rate, seed)
                 path = folder / f"{name_of(key)}.json"
@@ -183,11 +198,16 @@ def score(record: Mapping[str, Any]) -> float:
 
 
 def best_rate(found: Found, epochs: int, name: str, seeds: Sequence[int]) -> float | None:
-    """The rate with the best mean over the seeds of the search; None where some of its runs are missing."""
-    keys = {rate: [(epochs, name, rate, seed) for seed in seeds] for rate in ROWS[name].rates}
-    if any(key not in found for group in keys.values() for key in group):
-        return None
-    return max(keys, key=lambda rate: mean(score(found[key]) for key in keys[rate]))
+    """The rate with the best mean over the seeds of the search; None where one of the first three rates is missing."""
+    means = searched(found, epochs, name, seeds)
+    return None if set(ROWS[name].rates(FIRST)) - means.keys() else max(means, key=lambda rate: means[rate])
+
+
+def searched(found: Found, epochs: int, name: str, seeds: Sequence[int]) -> dict[float, float]:
+    """By rate, in rising order, the mean score over the seeds of the search; of rates that have them all."""
+    keys = {rate: [(epochs, name, rate, seed) for seed in seeds] for rate in ROWS[name].rates(EVERY)}
+    there = {rate: group for rate, group in keys.items() if all(key in found for key in group)}
+    return {rate: mean(score(found[key]) for key in group) for rate, group in there.items()}
 
 
 # --- Sizes and steps ----------------------------------------------------------------------------------------------
@@ -210,7 +230,7 @@ def measure(names: Sequence[str], rounds: int = 5) -> dict[str, dict[str, Any]]:
         steppers = {}
         for name in dict.fromkeys(["lora_r4", *names]):
             values = recipe_study.flags_with(
-                changes(name, ROWS[name].rates[1]), SENTENCES, 1, 0, data, Path(folder) / name
+                changes(name, ROWS[name].middle), SENTENCES, 1, 0, data, Path(folder) / name
             )
             glue, method, training = run_glue.parts(run_glue.of(values))
             adapted, tokenizer = run_glue.build(glue, method, get_task("cola"))
@@ -288,17 +308,15 @@ def table(found: Found, options: argparse.Namespace, steps: Mapping[str, Any]) -
 
 
 def search_table(found: Found, options: argparse.Namespace) -> str:
-    """The runs of the search: each row's rates, with the score of each of its seeds."""
+    """The runs of the search: each row's rates, with the mean score of each over its seeds."""
     lines = []
     for name in options.rows:
-        shown = []
-        for rate in ROWS[name].rates:
-            keys = [(options.epochs, name, rate, seed) for seed in options.search_seeds]
-            values = [f"{score(found[key]):.1f}" for key in keys if key in found]
-            shown.append(f"{rate:g}: {' '.join(values)}" if values else f"{rate:g}")
-        if any(":" in one for one in shown):
-            lines.append([name, *shown])
-    return tables.render(["method", "half", "middle", "double"], lines, "markdown")
+        means = searched(found, options.epochs, name, options.search_seeds)
+        if means:
+            best = max(means, key=lambda rate: means[rate])
+            at_an_end = "yes" if best in (min(means), max(means)) else ""
+            lines.append([name, ", ".join(f"{rate:g}: {value:.1f}" for rate, value in means.items()), at_an_end])
+    return tables.render(["method", "rate: score", "best at an end"], lines, "markdown")
 
 
 if __name__ == "__main__":

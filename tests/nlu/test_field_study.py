@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 
 import pytest
 
@@ -22,8 +24,8 @@ def record(score):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_taken_by_run_glue(name, tmp_path):
-    low, middle, high = ROWS[name].rates
-    assert low < middle < high
+    low, middle, high = ROWS[name].rates(field_study.FIRST)
+    assert 4 * low == 2 * middle == high and middle == ROWS[name].middle
     values = field_study.recipe_study.flags_with(
         field_study.changes(name, middle), field_study.SENTENCES, 3, 1, tmp_path, tmp_path / "out"
     )
@@ -32,7 +34,7 @@ def test_every_row_is_taken_by_run_glue(name, tmp_path):
 
 
 def test_the_rate_is_chosen_on_the_seeds_of_the_search_alone():
-    rates = ROWS["vera"].rates
+    rates = ROWS["vera"].rates(field_study.FIRST)
     found = {(3, "vera", rate, 10): record(score) for rate, score in zip(rates, (40, 50, 45), strict=True)}
     found |= {(3, "vera", rates[0], seed): record(99) for seed in range(5)}
     assert field_study.best_rate(found, 3, "vera", [10]) == rates[1]
@@ -44,7 +46,7 @@ def folder(tmp_path):
     """The recipe at 80, 82, 84 and VeRA at 60, 61, 65; VeRA's other rates were worse in the search."""
     scores = {"recipe": ((70, 75, 60), (80, 82, 84)), "vera": ((10, 20, 15), (60, 61, 65))}
     for name, (search, seeds) in scores.items():
-        rates = ROWS[name].rates
+        rates = ROWS[name].rates(field_study.FIRST)
         keys = {(3, name, rate, 10): score for rate, score in zip(rates, search, strict=True)}
         keys |= {(3, name, rates[1], seed): score for seed, score in enumerate(seeds)}
         for key, score in keys.items():
@@ -64,7 +66,31 @@ def test_the_table_from_records(folder, capsys):
     assert "-20.0 [-22.5, -17.5] | 0.00083 | below |" in ran[1]
     assert len(lines) == 2 + len(ROWS)
     field_study.main(["field", "--records", str(folder), "--no_runs", "--table", "search"])
-    assert "| vera | 0.005: 10.0 | 0.01: 20.0 | 0.02: 15.0 |" in capsys.readouterr().out
+    assert "| vera | 0.005: 10.0, 0.01: 20.0, 0.02: 15.0 |  |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (1e-2, [5e-3, 1e-2, 2e-2]),
+        (8e-2, [5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 16e-2]),
+        (1.25e-3, [5e-3, 1e-2, 2e-2, 2.5e-3, 1.25e-3, 6.25e-4]),
+        (0.0, [5e-3, 1e-2, 2e-2, *(5e-3 / 2**n for n in range(1, 6))]),
+    ],
+)
+def test_a_search_goes_on_while_the_best_stands_at_an_end(best, tried, monkeypatch):
+    """Down where all are as good, and never beyond eight rates."""
+    ran = []
+
+    def run(key, options):
+        ran.append(key[2])
+        return record(100 - abs(math.log2(key[2] / best)) if best else 0)
+
+    monkeypatch.setattr(field_study, "run", run)
+    options = argparse.Namespace(epochs=3, search_seeds=[10])
+    found = {}
+    assert field_study.search("vera", found, options) == (best or min(tried))
+    assert ran == tried
 
 
 def test_the_search_must_not_see_the_seeds_of_the_table():
