@@ -18,11 +18,17 @@ def _epochs(record: Record) -> float:
     return float(record["settings"]["num_train_epochs"])
 
 
+def _seconds(record: Record) -> float:
+    if record["train_seconds"] is None:
+        raise ValueError(f"the record of {record['method']}, seed {record['seed']}, has no seconds to draw over")
+    return float(record["train_seconds"])
+
+
 # What the score is drawn over: what a whole run has of it. A score after e of E epochs stands at e / E of that.
 OVER: Mapping[str, Callable[[Record], float]] = {
     "epochs": _epochs,
     "steps": lambda record: record["steps"],
-    "seconds": lambda record: record["train_seconds"],
+    "seconds": _seconds,
     "bytes": lambda record: record["stored_parameters"]["bytes"],
 }
 
@@ -33,6 +39,8 @@ def draw(found: Found, over: Sequence[str], path: Path) -> None:
     Each method is a line through the means of its seeds, with a point for each seed; over bytes, which training does
     not change, a point for each seed's last score and a line as long as they are apart.
     """
+    if not found:
+        raise ValueError("no run of these has a record: there is nothing to draw")
     import matplotlib
 
     matplotlib.use("Agg")

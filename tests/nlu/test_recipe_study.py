@@ -122,6 +122,17 @@ def test_a_curve_goes_over_what_a_run_had_by_then(over, points):
     assert recipe_curves.curve(record(0.6), over) == points
 
 
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    picture = ["--no_runs", "--picture", str(tmp_path / "p.png"), "--over", "seconds"]
+    with pytest.raises(ValueError, match="there is nothing to draw"):
+        recipe_study.main(["recipe", "--records", str(tmp_path), *picture])
+    kept = {**record(0.6), "settings": {"num_train_epochs": 3}, "train_seconds": None}
+    write_json(tmp_path / "sentences_e3_recipe_seed0.json", kept)
+    with pytest.raises(ValueError, match="the record of vblora, seed 0, has no seconds to draw over"):
+        recipe_study.main(["recipe", "--records", str(tmp_path), *picture])
+    assert not (tmp_path / "p.png").exists()
+
+
 def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
     for name, epochs in (
         ("cola_e3_recipe_small_seed0", 3),
