@@ -29,6 +29,7 @@ SMALL: dict[str, str | None] = {  # the benchmarks in the order they run, each w
     "scaling": "",
     "training_memory": "",
     "learning": "--steps 1",
+    "narrow": "--widths 8 --seeds 0",
     "growth": "--axes h --points 2 --rounds 1",
     "pipeline": "--small",
     "padding": None,  # its batches are of 512 tokens, at least two

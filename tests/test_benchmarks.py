@@ -51,6 +51,23 @@ def test_step_time(tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_the_rates_of_narrow_models(tmp_path, capsys, monkeypatch):
+    narrow, record = benchmark("narrow"), tmp_path / "r.json"
+    for name in ("LEARN_FIRST", "STEPS", "LAST"):
+        monkeypatch.setattr(narrow, name, 4)
+    narrow.main(["--widths", "8", "--seeds", "0", "1", "--record", str(record)])
+    found = {one["law"]: one for one in read_json(record)["measured"]}
+    assert {law: one["rate"] for law, one in found.items()} == {
+        "the same": 2e-3,
+        "1/root": pytest.approx(2e-3 * 48**0.5),
+        "1/width": pytest.approx(2e-3 * 48),
+    }
+    assert all(len(one["losses"]) == 2 for one in found.values()) and found["the same"] != found["1/width"]
+    benchmark("show").main([str(record)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:5] == printed[5:] and printed[3].startswith("| 8 | 0.014 | 1/root | ")
+
+
 def test_active_logits_and_what_follows_on_paper(tmp_path, capsys):
     record = tmp_path / "active.json"
     command = ["--steps", "2", "--stds", "0.01", "--record", str(record)]

@@ -148,8 +148,15 @@ def test_the_start_and_the_rates_come_from_the_widths():
     chosen = vblora.recipe(build("stack"), TARGETS, num_vectors=40)
     assert chosen.config.vector_length == 16 and chosen.config.topk == 1 and chosen.config.init_vectors_of_a == 10
     assert chosen.config.init_vector_bank_bound == pytest.approx(3 * math.sqrt((1 / 32 + 2 / 64) / 3))
-    assert chosen.rates == {"lr_vector_bank": pytest.approx(2 * 2e-3 * 384 / 32), "lr_logits": 0.0}
+    assert chosen.rates == {"lr_vector_bank": pytest.approx(2 * 2e-3 * math.sqrt(384 / 32)), "lr_logits": 0.0}
     assert vblora.recipe(build("stack"), TARGETS, lora_rate=1e-3).rates["lr_vector_bank"] == 2e-3
+
+
+@pytest.mark.parametrize(("width", "rate"), [(96, 4e-3), (384, 2e-3), (768, 1e-3), (4096, 1.875e-4)])
+def test_loras_rate_falls_with_the_width_and_rises_as_its_root(width, rate):
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(width, width))
+    assert vblora.recipe(model, ["0"]).rates["lr_vector_bank"] == pytest.approx(2 * rate)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 189])

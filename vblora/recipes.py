@@ -33,7 +33,9 @@ SIZE_OF_A = 3.0  # times LoRA's. B starts at zero, so that this costs no noise i
 # Of the bank, times LoRA's. A step moves a sub-vector by the rate whatever shares its vector, so that the rate which is
 # too high does not depend on the sharing: at two and a half times this one the first gradient is lost.
 RATE = 2.0
-LORA_RATE, LORA_RATE_WIDTH = 2e-3, 384  # LoRA's rate in the quick start, and the width of its encoder
+# LoRA's rate in the quick start, and the width of its encoder. Wider models have published rates that fall about as the
+# width does; on narrower ones rates that rise so fast leave most runs where they began (benchmarks/narrow.py).
+LORA_RATE, LORA_RATE_WIDTH = 2e-3, 384
 # With several vectors to a sub-vector: logits so far apart that a mixture starts near one vector.
 LOGITS_STD, LOGITS_RATE = 3.0, 3e-2
 WARMUP, MAX_GRAD_NORM = 0.06, 1.0
@@ -151,8 +153,8 @@ def recipe(
         target_modules: which layers, as in `vblora.VBLoRAConfig`.
         max_bytes: of the adapter's tensors in PEFT's top-k form; it decides num_vectors. A fifth of LoRA's numbers at
             the same rank unless given, or num_vectors.
-        lora_rate: the rate at which LoRA would be trained; 2e-3 at a width of 384 and in inverse proportion to the most
-            frequent input width unless given. Only the former was measured.
+        lora_rate: the rate at which LoRA would be trained. Unless given, 2e-3 at a width of 384, which was searched, and
+            at another most frequent input width in inverse proportion to it, or to its root if it is narrower.
         r, topk, num_vectors, vector_length: chosen by the user where given.
         settings: further fields of `vblora.VBLoRAConfig`, which go before the recipe's.
 
@@ -187,7 +189,7 @@ def recipe(
         chosen["init_vector_bank_bound"] = SIZE_OF_A * math.sqrt(squared)
         config = replace(config, init_vector_bank_bound=chosen["init_vector_bank_bound"])
     width = Counter(shape.in_features for shape in shapes).most_common(1)[0][0]
-    lora = LORA_RATE * LORA_RATE_WIDTH / width if lora_rate is None else lora_rate
+    lora = _lora_rate(width) if lora_rate is None else lora_rate
     rates = {"lr_vector_bank": RATE * lora, "lr_logits": LOGITS_RATE if topk > 1 else 0.0}
     stored = config.count(shapes)
     of_lora = counts.count_lora(shapes, r=r).parameters
@@ -254,6 +256,11 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
             f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
         )
     return h, why
+
+
+def _lora_rate(width: int) -> float:
+    share = LORA_RATE_WIDTH / width
+    return LORA_RATE * (share if share < 1 else math.sqrt(share))
 
 
 def _vectors_of_a(h: int, r: int, topk: int) -> int:
