@@ -16,6 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 from transformers import TrainingArguments
 
 import train_speech
@@ -27,7 +30,7 @@ from speech_data import Set, fingerprint, load_split, read_outputs, read_table, 
 from train_speech import SpeechArguments
 from transcribe import Decoding
 from vblora.io import read_json
-from vblora_experiments import commands, publishing, runs, training_run
+from vblora_experiments import publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
 

@@ -16,6 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 from transformers import TrainingArguments
 
 import decode
@@ -25,7 +28,7 @@ from e2e_data import group, load_split
 from generation import Decoding
 from score import read_outputs
 from train import TextArguments
-from vblora_experiments import commands, publishing, runs, training_run
+from vblora_experiments import publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
 

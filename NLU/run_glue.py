@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 import numpy as np
 from transformers import (
     AutoTokenizer,
@@ -40,7 +43,7 @@ from vblora.models import model_name
 from vblora.shapes import FLOAT32_BYTES, Count
 from vblora.switch import Adapted, AnyAdapter, apply_method
 from vblora.trainer import AdapterTrainer, KeepBest
-from vblora_experiments import commands, publishing, records, runs
+from vblora_experiments import publishing, records, runs
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.command_line import Script, Settings, StartArguments
 from vblora_experiments.selection_log import SelectionLog

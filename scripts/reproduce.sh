@@ -14,6 +14,11 @@ case "${1:-}" in
     table2) script=NLG/reproduce_e2e.py ;;
     table3) script=instruction_tuning/reproduce_instruct.py ;;
     table4) script=math_instruction_tuning/reproduce_math.py ;;
-    *) script=NLU/reproduce.py ;;
+    table1 | table5 | table6 | init_std | bank_size | shared_bank | learning_rates | -*) script=NLU/reproduce.py ;;
+    *)
+        echo "reproduce.sh: error: no table '${1:-}': it is table1 to table6, asr, recipe, field, many, or a search beside" \
+            "table1: init_std, bank_size, shared_bank, learning_rates" >&2
+        exit 2
+        ;;
 esac
 exec "$here/.venv/bin/python" "$here/$script" "$@"

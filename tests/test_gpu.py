@@ -146,7 +146,7 @@ def test_the_stages_commands_are_such_as_their_scripts_take(tmp_path, capsys):
         else:
             module.main([words[0], "--plan", *words[1:]])
             planned += 6 if stage.name == "e2e" else 5
-    assert len(re.findall(r"_seed\d", capsys.readouterr().err)) == planned == 6 + 5 * 7 * 3
+    assert len(re.findall(r"_seed\d", capsys.readouterr().out)) == planned == 6 + 5 * 7 * 3
 
 
 def test_a_kit_has_weights_in_sixteen_bits_that_load_as_they_were(tmp_path, monkeypatch, capsys):

@@ -175,7 +175,7 @@ def test_a_file_saved_by_peft_serves_as_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("lorra", TARGETS, r"PEFT has no method 'lorra' \(it has: .*lora.*vera"),
+        ("lorra", TARGETS, r"there is no method 'lorra': ours are full, .*, and PEFT's .*lora.*vera"),
         ("lora", {**TARGETS, "rank": 3}, "LoraConfig has no field rank"),
         ("vblora", {**TARGETS, "rank": 3}, "unknown key for VBLoRAConfig: rank"),
         ("full", {"r": 3}, "no settings; got r"),

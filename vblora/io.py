@@ -208,7 +208,10 @@ def _prefix(path: Path) -> str:
 def _temporary_file(path: Path) -> tuple[Path, int]:
     """A new file beside `path`, and a handle that has it locked as long as this process lives."""
     while True:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=TEMPORARY)
+        try:
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=TEMPORARY)
+        except OSError as error:  # which would name a file that nobody knows
+            raise OSError(error.errno, error.strerror, str(path)) from error
         _lock(handle)
         if os.path.exists(name):
             return Path(name), handle

@@ -153,8 +153,8 @@ def recipe(
         target_modules: which layers, as in `vblora.VBLoRAConfig`.
         max_bytes: of the adapter's tensors in PEFT's top-k form; it decides num_vectors. A fifth of LoRA's numbers at
             the same rank unless given, or num_vectors.
-        lora_rate: the rate at which LoRA would be trained. Unless given, 2e-3 at a width of 384, which was searched, and
-            at another most frequent input width in inverse proportion to it, or to its root if it is narrower.
+        lora_rate: the rate at which LoRA would be trained. Unless given, 2e-3 at a width of 384, which was
+            searched, and at another most frequent input width in inverse proportion to it, or to its root below 384.
         r, topk, num_vectors, vector_length: chosen by the user where given.
         settings: further fields of `vblora.VBLoRAConfig`, which go before the recipe's.
 

@@ -84,8 +84,9 @@ class MethodArguments:
         """The method's settings as `vblora.switch.apply_method` takes them.
 
         Raises:
-            ValueError: a flag the method has no use for.
+            ValueError: a flag the method has no use for, or a size below 1.
         """
+        commands.check_least(self, rank=1, topk=1, num_vectors=1, vector_length=1)
         known = set() if self.method in WITHOUT_SETTINGS else field_names(self.method)
         chosen: dict[str, Any] = {"target_modules": target_modules, "modules_to_save": modules_to_save}
         if self.method.endswith(".json"):  # what the file says goes before what the task would choose

@@ -20,7 +20,7 @@ from typing import Any
 
 from vblora.io import replacing, write_json
 from vblora.models import RECORD_FILE
-from vblora_experiments import board, records, schedule, tables
+from vblora_experiments import board, commands, records, schedule, tables
 from vblora_experiments.arguments import split
 from vblora_experiments.cluster import follow, settings, shared_locks, watch
 from vblora_experiments.rows import Rows, check_names
@@ -312,7 +312,7 @@ def parse(campaign: Campaign, arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--no_runs", action="store_true", help="the table of what has been run")
     parser.add_argument("--format", choices=tables.FORMATS, default="markdown")
     parser.add_argument("--output", type=Path, help="write the table to this file too")
-    options = parser.parse_args(arguments)
+    options = commands.one_line_errors(parser).parse_args(arguments)
     for name in campaign.filters:
         if (values := getattr(options, name)) is not None:
             setattr(options, name, list(dict.fromkeys(values)))  # nothing twice
@@ -347,10 +347,11 @@ def run_missing(
     campaign.check_places(to_do, options)
     slots = schedule.devices(options.jobs) if options.on == LOCAL else []
     jobs, cluster = prepared(campaign, to_do, options, extra)
+    say = print if options.plan else schedule.say_progress  # a plan is what was asked for
     if title := campaign.title(options):
-        schedule.say_progress(title)
+        say(title)
     known = [record for _, record in found]
-    schedule.say_progress(describe(campaign, len(trials) + len(starts), to_do, known, len(slots)))
+    say(describe(campaign, len(trials) + len(starts), to_do, known, len(slots)))
     if options.plan:
         return ""
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -12,8 +12,8 @@ from typing import Any, NoReturn, TypeVar
 
 from vblora_experiments.secrets import masked
 
-# bitsandbytes asks at its import for a package that nothing here needs. (A script that imports transformers' models or
-# peft before this module has printed that line by now.)
+# bitsandbytes asks at its import for a package that nothing here needs. A script imports this module before those that
+# import it, transformers and peft.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)

@@ -255,7 +255,7 @@ def test_settings_of_training_go_to_the_rows_that_train(flag, value, capsys):
 
 def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):
     reproduce_asr.main(["asr", "--sizes", "large_v2_common_voice", "--languages", "eo", "--seeds", "0", "--plan"])
-    assert f"{len(METHODS)} runs, of which {len(METHODS)} are to be done" in capsys.readouterr().err
+    assert f"{len(METHODS)} runs, of which {len(METHODS)} are to be done" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--data_dir is needed"):
         reproduce_asr.main(["asr"])
 

@@ -196,7 +196,7 @@ def test_rows_are_padded_to_the_longest_of_their_batch_only(flags, monkeypatch):
         (["--method", "vblora", "--recipe_bytes", "5000", "--plan"], "do nothing without --recipe"),
         (["--method", "full", "--rank", "3"], "--rank does nothing with --method full"),
         (["--method", "lora", "--learning_rate_logits", "0.1"], "lr_logits is given, but"),
-        (["--method", "nonesuch"], "PEFT has no method 'nonesuch'"),
+        (["--method", "nonesuch"], "there is no method 'nonesuch': ours are full, lora_xs, tied_lora, vblora"),
         (["--task", "nonesuch"], "unknown task 'nonesuch'"),
         (["--targets", "nonesuch"], "match no layer"),
         (["--method_settings", "{"], "settings are JSON, and '{' is not"),

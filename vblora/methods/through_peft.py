@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vblora.adapter import Adapter
 from vblora.io import read_tensors
 from vblora.shapes import Count
 
@@ -59,7 +60,8 @@ def peft_config_class(method: str) -> Any:
     peft_type = VARIANTS[method][0] if method in VARIANTS else method.removeprefix("peft_").upper()
     if peft_type not in mapping:
         known = sorted({str(t.value).lower() for t in mapping} | set(VARIANTS))
-        raise ValueError(f"PEFT has no method {method!r} (it has: {', '.join(known)})")
+        own = ", ".join(["full", *sorted(config.method for config in Adapter.methods)])
+        raise ValueError(f"there is no method {method!r}: ours are {own}, and PEFT's {', '.join(known)}")
     return mapping[peft_type]
 
 
