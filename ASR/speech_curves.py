@@ -4,12 +4,13 @@
     python ASR/speech_curves.py results/asr runs/asr --language it --model tiny_en FILE.png
 
 Each method is a line through the means of its seeds, with a point for each seed. Runs of one row and language under
-other flags (other layers, a search for rates) are lines of their own.
+other flags (a search for rates) are lines of their own, and those on other layers have a panel of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,6 +23,7 @@ from vblora_experiments import commands, records
 from vblora_experiments.runs import real_flags
 
 Panels = Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # the records of each line, by panel and name
+COLOURS = {title: f"C{number}" for number, title in enumerate(TITLES.values())}  # a method's is the same in all panels
 OF_LANGUAGE = ("language", "language_token", "max_new_tokens")  # what a row has of its language
 
 
@@ -50,7 +52,8 @@ def grouped(found: Sequence[dict[str, Any]], model: str | None, language: str | 
         if record.get("curve") and model in (None, own) and language in (None, record["language"]):
             flags = {name: v for name, v in real_flags(record["overrides"]).items() if name not in OF_LANGUAGE}
             line = ", ".join([TITLES[method], *(f"{name} {value}" for name, value in flags.items())])
-            panels.setdefault(f"{MODEL_TITLES[own]}, {record['language']}", {}).setdefault(line, []).append(record)
+            panel = f"{MODEL_TITLES[own]}, {record['language']}" + (", other layers" if "targets" in flags else "")
+            panels.setdefault(panel, {}).setdefault(line, []).append(record)
     return panels
 
 
@@ -71,9 +74,9 @@ def draw(panels: Panels, path: Path) -> None:
         1, len(panels), figsize=(6.5 * len(panels), 6.5), squeeze=False, layout="constrained"
     )
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-        colours = pyplot.get_cmap("tab10" if len(lines) <= 10 else "tab20")
-        for number, (name, group) in enumerate(lines.items()):
-            colour, stored = colours(number % colours.N), group[0]["stored_parameters"]["parameters"]
+        of_other_rows = (f"C{number}" for number in itertools.cycle(range(10)))
+        for name, group in lines.items():
+            colour, stored = COLOURS.get(name) or next(of_other_rows), group[0]["stored_parameters"]["parameters"]
             for record in group:
                 for point in record["curve"]:
                     axis.plot(point["step"], point["loss"], ".", color=colour, alpha=0.4)

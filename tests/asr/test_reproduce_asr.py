@@ -213,14 +213,16 @@ def test_curves_are_of_each_row_language_and_flags(tmp_path, capsys):
     one("b", "lora", 1, [2.0, 1.0, 0.5], max_new_tokens="160")  # its language may need more: no line of its own
     one("c", "lora", 0, [4.0, 3.0], learning_rate="1e-3")
     one("d", "zero_shot", 0, [])
+    one("e", "lora", 0, [2.0, 1.0], targets="both")
     found = [read_json(path) for path in sorted(tmp_path.glob("*.json"))]
     panels = speech_curves.grouped(found, None, "it")
     assert {title: {line: len(group) for line, group in lines.items()} for title, lines in panels.items()} == {
-        "tiny.en, it": {"LoRA": 2, "LoRA, learning_rate 1e-3": 1}
+        "tiny.en, it": {"LoRA": 2, "LoRA, learning_rate 1e-3": 1},
+        "tiny.en, it, other layers": {"LoRA, targets both": 1},
     }
     assert speech_curves.line_through(panels["tiny.en, it"]["LoRA"]) == [(50, 2.5), (100, 1.5)]
     speech_curves.main([str(tmp_path), str(tmp_path / "curves.svg"), "--model", "tiny_en"])
-    assert "2 lines, 1 panels" in capsys.readouterr().out
+    assert "3 lines, 2 panels" in capsys.readouterr().out
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="hold no curve"):
         speech_curves.main([str(tmp_path), str(tmp_path / "curves.svg"), "--language", "ru"])
