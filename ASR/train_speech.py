@@ -23,6 +23,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -35,7 +38,7 @@ from vblora.io import write_json
 from vblora.models import TRAINING_FILE, model_name, torch_dtype
 from vblora.switch import apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, publishing, records, runs, training_run
+from vblora_experiments import publishing, records, runs, training_run
 from vblora_experiments.arguments import MethodArguments, given
 from vblora_experiments.command_line import Script, Settings
 from vblora_experiments.whisper_counts import TARGETS

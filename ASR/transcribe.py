@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, HfArgumentParser
@@ -24,7 +27,7 @@ from speech_data import SPLITS, Set, fingerprint, load_split, sound_prints
 from train_speech import RUNS, ZERO_SHOT
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
-from vblora_experiments import bars, commands, runs
+from vblora_experiments import bars, runs
 from vblora_experiments.progress import Progress
 from vblora_experiments.text_files import parsed_json
 from whisper_models import Prompt, load_tokenizer, load_whisper, prompt_of

@@ -21,6 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vblora_experiments import commands  # it quiets what transformers imports
+
+# isort: split
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -32,7 +35,7 @@ from vblora.models import load_model, load_tokenizer, model_name, torch_dtype
 from vblora.sampling import spaced
 from vblora.switch import OWN_METHODS, apply_method
 from vblora.trainer import AdapterTrainer
-from vblora_experiments import commands, publishing, runs, training_run
+from vblora_experiments import publishing, runs, training_run
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.causal import EncodedRows, Padded
 from vblora_experiments.command_line import Script, Settings

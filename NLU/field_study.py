@@ -109,7 +109,7 @@ def name_of(key: Key) -> str:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.measure is not None:
-        before = read_json(options.measure)["rows"] if options.measure.exists() else {}
+        before = read_json(options.measure).get("rows", {}) if options.measure.exists() else {}
         write_json(
             options.measure, {"benchmark": "field", "rows": {**before, **measure(options.rows)}, **environment()}
         )
@@ -190,7 +190,7 @@ def kept(options: argparse.Namespace, folder: Path) -> Iterator[tuple[Key, dict[
                 key = (options.epochs, name, rate, seed)
                 path = folder / f"{name_of(key)}.json"
                 if path.exists():
-                    yield key, recipe_study.read_kept(path, changes(name, rate))
+                    yield key, recipe_study.read_kept(path, changes(name, rate), seed)
 
 
 def score(record: Mapping[str, Any]) -> float:

@@ -154,7 +154,11 @@ def kept(keys: Sequence[Key], folder: Path) -> Iterator[tuple[Key, Record]]:
         path = folder / f"{key.name}.json"
         if path.exists():
             record = read_json(path)
-            require_whole(path, record, {"scores": list, "bytes": int})
+            require_whole(path, record, {"unseen": str, "variant": str, "seed": int, "scores": list, "bytes": int})
+            if fault := next((f"{n} is {record[n]}" for n, value in key._asdict().items() if record[n] != value), None):
+                raise ValueError(f"{path} is no record of this run: {fault}")
+            if not record["scores"] or not all(isinstance(score, (int, float)) for score in record["scores"]):
+                raise ValueError(f"{path} has no scores, but {record['scores']!r:.80}")
             yield key, record
 
 

@@ -19,7 +19,7 @@ def _epochs(record: Record) -> float:
 
 
 def _seconds(record: Record) -> float:
-    if record["train_seconds"] is None:
+    if record.get("train_seconds") is None:
         raise ValueError(f"the record of {record['method']}, seed {record['seed']}, has no seconds to draw over")
     return float(record["train_seconds"])
 

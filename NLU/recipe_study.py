@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -184,22 +184,28 @@ def kept(keys: Sequence[Key], folders: Sequence[Path]) -> dict[Key, dict[str, An
         task, epochs, name, seed = key
         names = (name_of(key), f"minilm_{task}_{name}_seed{seed}")
         paths = [folder / f"{one}.json" for folder in folders for one in names]
-        there = (read_kept(path, ROWS[name]) for path in paths if path.exists())
+        there = (read_kept(path, ROWS[name], seed, DECIDE) for path in paths if path.exists())
         found[key] = next((r for r in there if r["settings"].get("num_train_epochs", epochs) == epochs), None)
     return found
 
 
-def read_kept(path: Path, row: Flags) -> dict[str, Any]:
-    """A kept record of a row.
+DECIDE = {flag for row in ROWS.values() for flag in row} - {"rank", "targets"}  # which have a value in every run
+
+
+def read_kept(path: Path, row: Flags, seed: int, decide: Set[str] = frozenset()) -> dict[str, Any]:
+    """A kept record of a row. Flags that `decide` which row it is must be the row's; of others those that both have.
 
     Raises:
         ValueError: it is damaged, or a setting of it is not the row's.
     """
     record: dict[str, Any] = read_json(path)
-    records.require_whole(path, record, records.RECORD | records.OF_EXPERIMENT["glue"])
-    settings = record["settings"]
-    shared = {name: value for name, value in row.items() if name in settings}
-    if changed := runs.in_words({name: settings[name] for name in shared}, shared):
+    shape = records.RECORD | records.OF_EXPERIMENT["glue"] | {"steps": int}
+    records.require_whole(path, record, shape)
+    settings = {**record["settings"], "seed": record["seed"]}
+    wanted = {"seed": seed, **row}
+    known = {name: value for name, value in settings.items() if name in wanted or (name in decide and value)}
+    changed = runs.in_words(known, {name: value for name, value in wanted.items() if name in settings})
+    if changed:
         raise ValueError(f"{path} is no record of this row ({changed})")
     return record
 

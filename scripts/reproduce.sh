@@ -4,7 +4,6 @@
 # table1, table5, table6 and the searches beside them are GLUE's; table2 is E2E's, table3 MT-Bench's, table4 mathematics', asr speech's.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-"$here/scripts/setup.sh"
 export TOKENIZERS_PARALLELISM=false
 case "${1:-}" in
     asr) script=ASR/reproduce_asr.py ;;
@@ -21,4 +20,5 @@ case "${1:-}" in
         exit 2
         ;;
 esac
+"$here/scripts/setup.sh"
 exec "$here/.venv/bin/python" "$here/$script" "$@"

@@ -266,7 +266,6 @@ CHILD = """
 import os, pathlib, resource, sys, time
 import torch
 from vblora.files import packed
-from vblora.files.encoding import pack_bits, to_whole
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])

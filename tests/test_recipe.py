@@ -288,11 +288,12 @@ def test_a_row_of_a_has_two_sub_vectors_at_least(widths, length):
         ({"num_vectors": 8}, 4),
         ({"num_vectors": 6, "topk": 3}, 3),
         ({"num_vectors": 12, "r": 2}, 3),
+        ({"num_vectors": 24, "r": 16}, 6),
         ({"num_vectors": 40}, 10),
     ],
 )
-def test_a_small_bank_has_as_many_vectors_for_a_as_a_has_rows(given, of_a):
-    """Half of the bank at most. Of a quarter of five vectors, which is one, every A would have rank 1."""
+def test_a_small_bank_has_up_to_four_vectors_for_a(given, of_a):
+    """As many as A has rows, half of the bank at most. With one vector, a quarter of five, every A would have rank 1."""
     assert vblora.recipe(build("stack"), TARGETS, **given).config.init_vectors_of_a == of_a
 
 

@@ -28,7 +28,7 @@ from vblora.targets import find_targets, layer_shapes
 
 RANK = 4
 SHARE_OF_LORA = 5  # a bank of at most this part of LoRA's numbers, where nothing else is said
-SHARE_OF_A = 0.25  # of the bank
+SHARE_OF_A, FEWEST_OF_A = 0.25, 4  # of the bank, and vectors
 SIZE_OF_A = 3.0  # times LoRA's. B starts at zero, so that this costs no noise in the weights
 # Of the bank, times LoRA's. A step moves a sub-vector by the rate whatever shares its vector, so that the rate which is
 # too high does not depend on the sharing: at two and a half times this one the first gradient is lost.
@@ -264,8 +264,8 @@ def _lora_rate(width: int) -> float:
 
 
 def _vectors_of_a(h: int, r: int, topk: int) -> int:
-    """A quarter of the bank, or of a small one as many as A has rows: of one vector all rows would be the same."""
-    return max(topk, min(r, h // 2), round(SHARE_OF_A * h))
+    """A quarter of the bank, or up to half of a small one: of one vector all rows of A would be the same."""
+    return max(topk, min(r, FEWEST_OF_A, h // 2), round(SHARE_OF_A * h))
 
 
 def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:

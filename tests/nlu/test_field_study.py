@@ -13,10 +13,10 @@ import run_glue
 from field_study import ROWS
 
 
-def record(score):
+def record(score, seed=0):
     last = {"epoch": 3, "matthews_correlation": score / 100}
     return {
-        **{"method": "vblora", "model": "m", "seed": 0, "task": "cola", "settings": {}},
+        **{"method": "vblora", "model": "m", "seed": seed, "task": "cola", "settings": {}, "steps": 189},
         "stored_parameters": {"parameters": 9, "bytes": 36},
         "scores": {"metric": "matthews_correlation", "epochs": [last], "last": last, "best": last},
     }
@@ -50,7 +50,7 @@ def folder(tmp_path):
         keys = {(3, name, rate, 10): score for rate, score in zip(rates, search, strict=True)}
         keys |= {(3, name, rates[1], seed): score for seed, score in enumerate(seeds)}
         for key, score in keys.items():
-            (tmp_path / f"{field_study.name_of(key)}.json").write_text(json.dumps(record(score)))
+            (tmp_path / f"{field_study.name_of(key)}.json").write_text(json.dumps(record(score, key[3])))
     sizes = {"stored": 1000, "bytes": 4000, "trained": 900, "state_bytes": 14400, "step_of_lora": 1.25}
     (tmp_path / "steps.json").write_text(json.dumps({"rows": {"vera": sizes}}))
     return tmp_path

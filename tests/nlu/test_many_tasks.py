@@ -85,15 +85,16 @@ def test_a_folder_of_other_rows_or_settings_is_refused(glue, small, tmp_path, mo
         many_tasks.main([*call, "--glue_dir", str(glue)])
 
 
-def test_a_run_draws_the_same_whether_what_it_starts_from_was_there(glue, small, tmp_path):
-    scores = []
+def test_a_run_draws_the_same_whether_what_it_starts_from_was_there(glue, small, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(many_variants, "file_bytes", lambda tensors: trained.append(dict(tensors)) or 1)
     call = ["many", "--glue_dir", str(glue), "--unseen", "sst2", "--variants", "refined", "--seeds", "0"]
     runs = tmp_path / "runs"
     for _ in range(2):
         many_tasks.main([*call, "--runs", str(runs)])
-        scores.append(read_json(runs / "sst2_refined_seed0" / "record.json")["scores"])
         shutil.rmtree(runs / "sst2_refined_seed0")  # the other tasks' adapter stays
-    assert scores[0] == scores[1]
+    one, other = trained
+    assert one["u"].any() and all(torch.equal(one[name], other[name]) for name in ("u", "v"))
 
 
 def run_of(glue, seed=0):
@@ -157,7 +158,8 @@ def test_the_table_from_records(tmp_path, capsys):
     """Differences -4, -5, -6: t = 5 sqrt(3), half width 4.3027 / sqrt(3)."""
     for variant, scores in {"own": (80, 82, 84), "refined": (76, 77, 78)}.items():
         for seed, score in enumerate(scores):
-            record = {"scores": [0, score], "bytes": 4600 if variant == "refined" else 110000}
+            size = 4600 if variant == "refined" else 110000
+            record = {"unseen": "sst2", "variant": variant, "seed": seed, "scores": [0, score], "bytes": size}
             (tmp_path / f"sst2_{variant}_seed{seed}.json").write_text(json.dumps(record))
     many_tasks.main(["many", "--records", str(tmp_path), "--no_runs", "--seeds", "0", "1", "2"])
     lines = capsys.readouterr().out.splitlines()
@@ -170,9 +172,15 @@ def test_what_is_missing_is_named_before_anything_runs(tmp_path, monkeypatch):
         many_tasks.main(["many"])
     with pytest.raises(ValueError, match="none is no folder"):
         many_tasks.main(["many", "--records", str(tmp_path / "none"), "--no_runs"])
-    (tmp_path / "sst2_own_seed0.json").write_text('{"scores": []}')
-    with pytest.raises(ValueError, match=r"sst2_own_seed0\.json: no record of a run, or a damaged one: bytes is None"):
-        many_tasks.main(["many", "--records", str(tmp_path), "--no_runs"])
+    kept = {"unseen": "sst2", "variant": "own", "seed": 0, "scores": [80.0], "bytes": 9}
+    for change, message in (
+        ({"bytes": None}, r"sst2_own_seed0\.json: no record of a run, or a damaged one: bytes is None"),
+        ({"variant": "lora"}, r"sst2_own_seed0\.json is no record of this run: variant is lora"),
+        ({"scores": []}, r"sst2_own_seed0\.json has no scores"),
+    ):
+        (tmp_path / "sst2_own_seed0.json").write_text(json.dumps({**kept, **change}))
+        with pytest.raises(ValueError, match=message):
+            many_tasks.main(["many", "--records", str(tmp_path), "--no_runs"])
     monkeypatch.setattr(many_tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="lorashare is missing"):
         many_tasks.main(["many", "--glue_dir", str(tmp_path)])

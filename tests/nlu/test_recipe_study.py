@@ -87,7 +87,7 @@ def test_a_glue_task_has_minilms_settings():
 
 def test_kept_records_make_the_table_and_the_pictures(tmp_path, capsys):
     for seed in (0, 1):
-        kept = {**record(0.6), "settings": {"num_train_epochs": 3}}
+        kept = {**record(0.6), "seed": seed, "settings": {"num_train_epochs": 3}}
         (tmp_path / f"sentences_e3_recipe_seed{seed}.json").write_text(json.dumps(kept))
     for number, over in enumerate(([], ["--over", "steps", "seconds", "bytes"])):
         picture = tmp_path / f"{number}.png"
@@ -101,6 +101,9 @@ def test_kept_records_make_the_table_and_the_pictures(tmp_path, capsys):
     [
         ({"scores": None}, "no record of a run, or a damaged one: scores is None"),
         ({"settings": {"num_train_epochs": 3, "topk": 3}}, r"no record of this row \(topk: 3 before, 2 now\)"),
+        ({"settings": {"num_train_epochs": 3, "recipe": True}}, r"\(recipe: True before, None now\)"),
+        ({"seed": 7}, r"\(seed: 7 before, 0 now\)"),
+        ({"steps": None}, "a damaged one: steps is None"),
     ],
 )
 def test_a_kept_record_that_is_damaged_or_another_rows_is_refused(changes, message, tmp_path):
@@ -139,7 +142,8 @@ def test_minilms_own_rows_are_found_where_table_1_keeps_them(tmp_path, capsys):
         ("minilm_cola_lora_qv_seed0", 3),
         ("minilm_cola_lora_qv_seed1", 9),
     ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({**record(0.2), "settings": {"num_train_epochs": epochs}}))
+        kept = {**record(0.2), "seed": int(name[-1]), "settings": {"num_train_epochs": epochs}}
+        (tmp_path / f"{name}.json").write_text(json.dumps(kept))
     (tmp_path / "empty").mkdir()
     places = ["--records", str(tmp_path / "empty"), str(tmp_path), "--no_runs", "--glue_dir", "unused"]
     recipe_study.main(["recipe", "--tasks", "cola", "--rows", "recipe_small", "lora_qv", *places])

@@ -29,7 +29,8 @@ def selection_of(config: VBLoRAConfig, shapes: Sequence[LayerShape], seed: int |
     """The tensors `SELECTION` of an adapter as `attach` makes it from this seed.
 
     Raises:
-        ValueError: no seed is known, or more logits would have to be drawn than anybody's file may ask for.
+        ValueError: no seed is known, or more logits would have to be drawn, or vectors selected, than anybody's
+            file may ask for.
     """
     if seed is None:
         raise ValueError("no seed is known for it, so that its selection cannot be drawn again")
