@@ -293,7 +293,7 @@ def test_a_row_of_a_has_two_sub_vectors_at_least(widths, length):
     ],
 )
 def test_a_small_bank_has_up_to_four_vectors_for_a(given, of_a):
-    """As many as A has rows, half of the bank at most. With one vector, a quarter of five, every A would have rank 1."""
+    """As many as A has rows, half of the bank at most. With one vector, a quarter of five, all A have rank 1."""
     assert vblora.recipe(build("stack"), TARGETS, **given).config.init_vectors_of_a == of_a
 
 
