@@ -10,6 +10,7 @@ import numpy as np
 
 RATE = 16_000  # samples a second, of every Whisper model
 KINDS = "WAV, FLAC, OGG and MP3"
+STREAMED = 0x7FFF0000  # bytes: from here on a WAV's length is none, its header was written before the sound
 SHORTER = 0.1  # seconds that a recording may lack: an MP3 without a header is counted in whole frames
 
 
@@ -44,8 +45,25 @@ def inspect(path: Path, where: str) -> Recording:
             "`ffmpeg -i FILE FILE.wav`, or remove the row"
         ) from error
     if not found.frames:
-        raise ValueError(f"{where}: {path} is empty: remove the row")
+        raise ValueError(f"{where}: {path} has no sound, it is empty or cut short: get it anew, or remove the row")
+    if lacking := _lacks_of_wav(path):
+        raise ValueError(
+            f"{where}: {path} is cut short: its header promises {lacking:,} bytes more: get it anew, or remove the row"
+        )
     return Recording(found.frames / found.samplerate, found.samplerate, found.channels, found.subtype.endswith("8"))
+
+
+def _lacks_of_wav(path: Path) -> int:
+    """The bytes of sound that a WAV promises and lacks: libsndfile reads what is there, and says no word."""
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF" or file.read(8)[4:] != b"WAVE":
+            return 0
+        while len(head := file.read(8)) == 8:
+            name, size = head[:4], int.from_bytes(head[4:], "little")
+            if name == b"data":
+                return 0 if size >= STREAMED else max(0, size - (path.stat().st_size - file.tell()))
+            file.seek(size + size % 2, 1)
+    return 0
 
 
 def read(path: Path, where: str) -> np.ndarray:
@@ -58,7 +76,7 @@ def read(path: Path, where: str) -> np.ndarray:
     except RuntimeError as error:
         raise ValueError(f"{where}: {path} is damaged ({' '.join(str(error).split())}): remove the row") from error
     if not len(samples):
-        raise ValueError(f"{where}: {path} is empty: remove the row")
+        raise ValueError(f"{where}: {path} has no sound that can be read: get it anew, or remove the row")
     if (seconds := len(samples) / rate) < found.seconds - SHORTER:
         raise ValueError(
             f"{where}: {path} is cut short: {seconds:.1f} s of {found.seconds:.1f} s can be read: get it anew, or "

@@ -9,8 +9,8 @@
 test.tsv. The model as it is (zero_shot) is always a row, at the row's window and at the whole one of 30 seconds. A run
 trains, transcribes and scores. --targets asks for a row for each of these sets of layers; all runs of a size see
 equally many clips. Flags after "--" go to every run as they are (such as -- --window 6), those of training
-(-- --rank 2, -- --learning_rate 1e-3) to every run that trains. Run it again to go on: what has a record is not run
-again, what was interrupted goes on.
+(-- --rank 2, -- --learning_rate 1e-3) to every run that trains; the whole window's row keeps its own. Run it again to
+go on: what has a record is not run again, what was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import asr_secondary
-from asr_rows import LANGUAGES, METHODS, MODELS, ROWS, row
+from asr_rows import LANGUAGES, METHODS, MODELS, OF_TRAINING, ROWS, row
 from vblora_experiments import campaign, commands, schedule, tables
 from vblora_experiments.arguments import MethodArguments
 from vblora_experiments.campaign import Groups
@@ -112,7 +112,7 @@ class Speech(campaign.RowCampaign):
         return super().estimate(trial, [record for record in found if record["settings"]["targets"] == targets])
 
     def job(self, trial: Any, options: argparse.Namespace, extra: Mapping[str, str]) -> schedule.Job:
-        job = super().job(trial, options, _taken(trial.row, extra))
+        job = super().job(trial, options, _taken(trial.row, extra, trial.changes))
         job.command += ["--data_dir", str((options.data_dir or Path("DATA_DIR")) / trial.folder)]  # a plan needs none
         job.command += [part for flag, value in trial.changes.items() for part in (f"--{flag}", value)]
         return job
@@ -141,26 +141,31 @@ def _trials(options: argparse.Namespace, extra: Mapping[str, str]) -> Iterator[T
         for code, language in LANGUAGES[size].items():
             if options.languages and code not in options.languages:
                 continue
-            changes = language.flags(code)
+            changes = {name: value for name, value in language.flags(code).items() if name not in extra}
             if int(row(f"{size}/{ZERO_SHOT}").get("window", WHOLE_WINDOW)) < WHOLE_WINDOW:
                 whole = {**changes, "window": str(WHOLE_WINDOW)}
                 name = f"{size}/{ZERO_SHOT}"
-                yield Trial(name, f"{code}_window{WHOLE_WINDOW}", whole, extra=_taken(name, extra))
+                yield Trial(name, f"{code}_window{WHOLE_WINDOW}", whole, extra=_taken(name, extra, whole))
             for method in methods:
                 for mark, layers in _layers(row(f"{size}/{method}"), options.targets or []):
                     for seed in options.seeds if method != ZERO_SHOT else (0,):
                         name = f"{size}/{method}"
-                        yield Trial(name, code + mark, {**changes, **layers}, seed, _taken(name, extra))
+                        trial = {**changes, **layers}
+                        yield Trial(name, code + mark, trial, seed, _taken(name, extra, trial))
 
 
-def _taken(row_name: str, extra: Mapping[str, str]) -> Mapping[str, str]:
-    """Of the flags for every run those that this row's takes: what trains nothing has no settings of training."""
+def _taken(row_name: str, extra: Mapping[str, str], changes: Mapping[str, str]) -> Mapping[str, str]:
+    """Of the flags for every run those that this trial takes: what trains nothing has no settings of training.
+
+    The trial's own changes go before them: the whole window's row has the whole one whatever --window says.
+    """
+    extra = {name: value for name, value in extra.items() if name not in changes}
     if not extra or not row_name.endswith(f"/{ZERO_SHOT}"):
         return extra
     from transformers import TrainingArguments  # takes seconds
 
     of_training = {field.name for kind in (MethodArguments, TrainingArguments) for field in fields(kind)}
-    of_training.add("spec_augment")
+    of_training |= set(OF_TRAINING)
     return {name: value for name, value in extra.items() if name not in of_training or name in NEUTRAL}
 
 

@@ -19,17 +19,20 @@ from typing import Any
 from vblora_experiments import commands  # it quiets what transformers imports
 
 # isort: split
-from transformers import TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 import train_speech
 import transcribe
 import word_errors
 from asr_rows import row
+from features import features_of
 from normalisers import normaliser
 from speech_data import Set, fingerprint, load_split, read_outputs, read_table, sound_prints
 from train_speech import SpeechArguments
 from transcribe import Decoding
+from vblora.hub import from_hub
 from vblora.io import read_json
+from vblora.models import FLAG
 from vblora_experiments import publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
@@ -58,7 +61,10 @@ def main(arguments: list[str]) -> dict[str, Any]:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Train, transcribe and score, as far as that is not done; the record."""
-    sets = read_parts(settings.of(SpeechArguments))  # before the training: a wrong row would be found hours later
+    # Before the training: a wrong row or a damaged recording would be found hours later.
+    sets = read_parts(settings.of(SpeechArguments))
+    if not all((settings.output_dir / f"{part}.tsv").exists() for part in PARTS):
+        hear(settings.of(SpeechArguments), sets)
     trained = train_speech.train(settings)
     if not trained:  # another process of this run writes
         return {}
@@ -75,6 +81,19 @@ def run(settings: Settings) -> dict[str, Any]:
 def read_parts(speech: SpeechArguments) -> dict[str, Set]:
     """The parts that are transcribed, looked at."""
     return {part: load_split(speech.data_dir, part, speech.window, speech.long_clips) for part in PARTS}
+
+
+def hear(speech: SpeechArguments, sets: dict[str, Set]) -> None:
+    """Compute the features that transcribing will need, which decodes every recording.
+
+    Raises:
+        ValueError: a recording cannot be read to its end; with the table and line.
+    """
+    name = speech.model_name_or_path
+    config = from_hub(lambda: AutoConfig.from_pretrained(name), name, FLAG)
+    for part in sets.values():
+        prints = sound_prints(part.clips)
+        features_of(part.clips, prints, part.seconds, config.num_mel_bins, speech.window, Path(speech.cache_dir))
 
 
 def check_data(record: dict[str, Any], sets: dict[str, Set], out: Path) -> None:

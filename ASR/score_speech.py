@@ -3,7 +3,8 @@
     python ASR/score_speech.py OUTPUTS.tsv REFERENCES.tsv [--normalisers raw unicode basic] [--json FILE]
 
 OUTPUTS.tsv has the columns path and text, as transcribe.py writes it. REFERENCES.tsv is a table of FLEURS, of Common
-Voice or of path and text, whose recordings need not be there; every one of them must have an output.
+Voice or of path and text, whose recordings need not be there; every one of them must have an output, but with
+--only_outputs, which scores the outputs and says how many recordings have none.
 
 A rate is in percent, with the interval that 95% of 1,000 draws of the recordings lie in; it can exceed 100. `raw`
 compares texts as they are, `unicode` without case and punctuation; `basic` is Whisper's for all languages, which takes
@@ -33,12 +34,13 @@ def main(arguments: list[str]) -> dict[str, Any]:
     parser.add_argument("references", type=Path, metavar="REFERENCES", help="the table of the recordings")
     parser.add_argument("--normalisers", nargs="+", choices=NAMES, default=["raw", "unicode", "basic"])
     parser.add_argument("--spellings", type=Path, help="normalizer.json of a Whisper, for the english normaliser")
+    parser.add_argument("--only_outputs", action="store_true", help="leave out recordings without an output")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rates, unrounded, to this file")
     chosen = parser.parse_args(arguments)
     if chosen.json is not None and chosen.json.is_dir():
         raise ValueError(f"--json {chosen.json} is a folder: name a file in it")
     functions = {name: normaliser(name, chosen.spellings) for name in chosen.normalisers}
-    hypotheses, references = matched(chosen.outputs, chosen.references)
+    hypotheses, references = matched(chosen.outputs, chosen.references, chosen.only_outputs)
     rates = word_errors.rates(references, hypotheses, functions, chosen.references)
     empty = sum(not text for text in hypotheses)
     if empty:
@@ -53,20 +55,23 @@ def main(arguments: list[str]) -> dict[str, Any]:
     return result
 
 
-def matched(outputs: Path, references: Path) -> tuple[list[str], list[str]]:
+def matched(outputs: Path, references: Path, only_outputs: bool = False) -> tuple[list[str], list[str]]:
     """The texts of both files by recording.
 
     Raises:
-        ValueError: a recording is in one of them alone.
+        ValueError: a recording is in one of them alone; with only_outputs, in the outputs alone.
     """
     said = read_outputs(outputs)
     meant = {clip.name: clip.text for clip in read_table(references)}
+    if only_outputs and (without := meant.keys() - said.keys()):
+        print(f"{len(without)} of {len(meant)} recordings of {references} have no output and are left out")
+        meant = {name: text for name, text in meant.items() if name in said}
     for name in [*meant, *said]:
         if name not in said or name not in meant:
             lacking, other = (outputs, references) if name not in said else (references, outputs)
             raise ValueError(
-                f"{lacking} has no row for {name}, which {other} has: score against a table of the same recordings "
-                "(without those that --long_clips leave_out left out)"
+                f"{lacking} has no row for {name}, which {other} has: score against a table of the same recordings"
+                + (", or --only_outputs (--long_clips leave_out leaves some out)" if lacking is outputs else "")
             )
     return [said[name] for name in meant], list(meant.values())
 

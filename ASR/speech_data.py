@@ -3,7 +3,8 @@
 A folder holds train.tsv, dev.tsv and test.tsv; which form they have is seen from their first line:
 
     FLEURS         no header; id, file name, text as written, text in lower case, ...; audio/train/, audio/dev/, ...
-    Common Voice   a header with path and sentence; recordings in clips/
+    Common Voice   a header with path and sentence; recordings in clips/; the quoting that such tables give a text with
+                   quotation marks in it is taken away
     any other      a header with path and text; paths are relative to the table's folder, or absolute
 
 A row that is wrong is named by its file and line.
@@ -24,6 +25,7 @@ from vblora_experiments.text_files import check_header, read_text
 SPLITS = ("train", "dev", "test")
 LONG = ("refuse", "leave_out")  # what is done about recordings longer than the window
 FLEURS_COLUMNS = 7
+ESCAPED = re.compile(r'"(?:[^"]|"")*"')  # a field as tables of comma-separated values quote it
 SPECIAL = re.compile(r"<\|[^|<>]*\|>")  # <|endoftext|>, <|it|>, <|0.00|>: in a label they would be spoken to the model
 
 
@@ -52,7 +54,9 @@ class Set(NamedTuple):
     notes: list[str]
 
 
-def load_split(folder: str | Path, split: str, window: float = 30.0, long: str = "refuse") -> Set:
+def load_split(
+    folder: str | Path, split: str, window: float = 30.0, long: str = "refuse", needs_texts: bool = True
+) -> Set:
     """The clips of one split.
 
     Args:
@@ -60,6 +64,7 @@ def load_split(folder: str | Path, split: str, window: float = 30.0, long: str =
         split: "train", "dev" or "test".
         window: seconds that the model hears at once.
         long: what is done about longer recordings: "refuse" or "leave_out".
+        needs_texts: False lets transcripts be empty, or their column be missing.
 
     Raises:
         ValueError: no such split, a wrong row, or a recording that is missing, empty, unreadable or too long; with the
@@ -75,7 +80,17 @@ def load_split(folder: str | Path, split: str, window: float = 30.0, long: str =
             f"{folder} has no {split}.tsv: it is no folder of FLEURS (of one language, such as it_it) or Common Voice, "
             "nor one with tables of path and text"
         )
-    return _looked_at(read_table(table), window, long)
+    return _looked_at(read_table(table, needs_texts), window, long)
+
+
+def refuse_same(data_dir: str | Path, run: Path) -> None:
+    """Refuse to write the texts of a run where the transcripts are, under whose names they would be.
+
+    Raises:
+        ValueError: the folder of the data is that of the run.
+    """
+    if Path(data_dir).resolve() == run.resolve():
+        raise ValueError(f"{run} is the folder of the data, whose tables the run would replace: give it another")
 
 
 def _looked_at(clips: Sequence[Clip], window: float, long: str) -> Set:
@@ -109,34 +124,60 @@ def _looked_at(clips: Sequence[Clip], window: float, long: str) -> Set:
     return Set(kept, seconds, left_out, notes)
 
 
-def read_table(table: Path) -> list[Clip]:
+def read_table(table: Path, needs_texts: bool = True) -> list[Clip]:
     """The rows of a table in any of the three forms; the recordings are not looked at.
+
+    Args:
+        table: the file.
+        needs_texts: False lets transcripts be empty, or their column be missing.
 
     Raises:
         ValueError: a form that is none of them, or a wrong row.
     """
     lines = _lines(table)
     header = [name.strip().lower() for name in lines[0].split("\t")] if lines else []
-    for text, under in (("sentence", "clips"), ("text", "")):
-        if {"path", text} <= set(header):
-            check_header(table, header)
-            columns, rows, first = (header.index("path"), header.index(text)), lines[1:], 2
-            folder, width = table.parent / under, len(header)
-            break
+    if "path" in header and not header[0].isdigit():  # a number is the first field of FLEURS
+        check_header(table, header)
+        form = _form(table, header, needs_texts)
+        rows, first = lines[1:], 2
+    elif len(header) == FLEURS_COLUMNS:
+        form = _Form(1, 2, FLEURS_COLUMNS, table.parent / "audio" / table.stem)
+        rows, first = lines, 1
     else:
-        if len(header) != FLEURS_COLUMNS:
-            raise ValueError(
-                f"{table}: no table of FLEURS ({FLEURS_COLUMNS} columns without a header), of Common Voice (a header "
-                f"with path and sentence) or of path and text (a header with these two, a tab between); its first line "
-                f"is {_short(lines[0] if lines else '')}"
-            )
-        columns, rows, first = (1, 2), lines, 1
-        folder, width = table.parent / "audio" / table.stem, FLEURS_COLUMNS
-    clips = [_clip(row, f"{table}, line {n}", columns, width, folder) for n, row in enumerate(rows, first) if row]
+        raise ValueError(
+            f"{table}: no table of FLEURS ({FLEURS_COLUMNS} columns without a header), of Common Voice (a header "
+            f"with path and sentence) or of path and text (a header with these two, a tab between); its first line "
+            f"is {_short(lines[0] if lines else '')}"
+        )
+    clips = [_clip(row, f"{table}, line {n}", form, needs_texts) for n, row in enumerate(rows, first) if row]
     if not clips:
         raise ValueError(f"{table}: no rows")
     _refuse_twice(clips)
     return clips
+
+
+class _Form(NamedTuple):
+    """Where a table has what."""
+
+    path: int
+    """The column, from 0."""
+    text: int | None
+    width: int
+    """Of columns."""
+    folder: Path
+    """Of the recordings."""
+    common_voice: bool = False
+
+
+def _form(table: Path, header: list[str], needs_texts: bool) -> _Form:
+    """The form of a table with a header: of Common Voice, or of path and text."""
+    clips = table.parent / "clips"
+    if "sentence" in header and ("text" not in header or clips.is_dir()):
+        return _Form(header.index("path"), header.index("sentence"), len(header), clips, common_voice=True)
+    if "text" not in header and needs_texts:
+        raise ValueError(f"{table}: its header has path, and neither sentence nor text: {_short(', '.join(header))}")
+    text = header.index("text") if "text" in header else None
+    return _Form(header.index("path"), text, len(header), table.parent)
 
 
 def _refuse_twice(clips: Sequence[Clip]) -> None:
@@ -173,17 +214,19 @@ def read_outputs(table: Path) -> dict[str, str]:
     return texts
 
 
-def _clip(row: str, where: str, columns: tuple[int, int], width: int, folder: Path) -> Clip:
+def _clip(row: str, where: str, form: _Form, needs_texts: bool) -> Clip:
     fields = row.split("\t")
-    if len(fields) != width:
-        raise ValueError(f"{where}: {len(fields)} columns instead of {width}: {_short(row)}")
-    name, text = (fields[column].strip() for column in columns)
+    if len(fields) != form.width:
+        raise ValueError(f"{where}: {len(fields)} columns instead of {form.width}: {_short(row)}")
+    name, text = fields[form.path].strip(), "" if form.text is None else fields[form.text].strip()
     if not name:
         raise ValueError(f"{where}: no path")
-    if trouble := unusable(text):
+    if form.common_voice and ESCAPED.fullmatch(text) and '""' in text[1:-1]:
+        text = text[1:-1].replace('""', '"')
+    if (text or needs_texts) and (trouble := unusable(text)):
         raise ValueError(f"{where}: the transcript {_short(text)} {trouble}: mend it, or remove the row")
-    path = folder / name
-    if folder.name == "clips" and not path.suffix:  # older releases of Common Voice leave the ending out
+    path = form.folder / name
+    if form.common_voice and not path.suffix:  # older releases of Common Voice leave the ending out
         path = path.with_suffix(".mp3")
     return Clip(path, text, name, where)
 

@@ -6,7 +6,7 @@ padding's token is the end's too, so labels are left out by where a row ends, ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,31 +17,49 @@ from vblora_experiments.causal import IGNORED
 from whisper_models import Prompt
 
 
-def text_tokens(clips: Sequence[Clip], tokenizer: Any, prompt: Prompt, longest: int) -> list[list[int]]:
-    """The tokens of each transcript, with a blank before as Whisper says them, and the end.
+def text_tokens(
+    clips: Sequence[Clip], tokenizer: Any, prompt: Prompt, longest: int, long: str = "refuse"
+) -> dict[int, list[int]]:
+    """The tokens of the transcripts by their clips' numbers, with a blank before as Whisper says them, and the end.
+
+    Args:
+        clips: with the transcripts.
+        tokenizer: the model's.
+        prompt: what stands before a text.
+        longest: the positions that the decoder has.
+        long: what is done about transcripts that are longer with their prompt: "refuse", or "leave_out", which says so.
 
     Raises:
-        ValueError: a transcript with more tokens than the decoder has positions.
+        ValueError: a transcript is longer and is refused, or all are.
     """
     texts = tokenizer([f" {clip.text}" for clip in clips], add_special_tokens=False)["input_ids"]
-    rows = [[*ids, tokenizer.eos_token_id] for ids in texts]
-    for clip, row in zip(clips, rows, strict=True):
-        if (size := len(prompt.ids) + len(row) - 1) > longest:
+    rows = {number: [*ids, tokenizer.eos_token_id] for number, ids in enumerate(texts)}
+    sizes = {number: len(prompt.ids) + len(row) - 1 for number, row in rows.items()}
+    too_long = [number for number, size in sizes.items() if size > longest]
+    if too_long:
+        first, count = clips[too_long[0]].where, len(too_long)
+        if long == "refuse" or count == len(rows):
             raise ValueError(
-                f"{clip.where}: the transcript has {size} tokens, and the decoder reads {longest}: remove it"
+                f"{first}: the transcript has {sizes[too_long[0]]} tokens, and the decoder reads {longest}: remove "
+                "the row, or --long_clips leave_out"
             )
-    return rows
+        print(f"{count} transcripts are longer than the {longest} tokens of the decoder and are left out ({first})")
+    return {number: row for number, row in rows.items() if sizes[number] <= longest}
 
 
 OWN_FRAMES = "own_frames"
 
 
 class SpeechRows(torch.utils.data.Dataset[dict[str, Any]]):
-    """Recordings as features or as the encoder's outputs, each with its text; column "input_ids" is the texts'."""
+    """Recordings as features or as the encoder's outputs, each with its text; column "input_ids" is the texts'.
 
-    def __init__(self, heard: Features | Encoded, texts: Sequence[list[int]]) -> None:
-        assert len(heard) == len(texts)
-        self.heard, self.texts = heard, texts
+    Args:
+        heard: of all recordings.
+        texts: by the numbers of those that are used.
+    """
+
+    def __init__(self, heard: Features | Encoded, texts: Mapping[int, list[int]]) -> None:
+        self.heard, self.numbers, self.texts = heard, list(texts), list(texts.values())
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -49,9 +67,10 @@ class SpeechRows(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int | str) -> Any:
         if isinstance(index, str):
             return {"input_ids": self.texts}[index]
-        row = {"input_ids": self.texts[index], "heard": self.heard.of(index)}
+        number = self.numbers[index]
+        row = {"input_ids": self.texts[index], "heard": self.heard.of(number)}
         if isinstance(self.heard, Features):
-            row[OWN_FRAMES] = self.heard.own_frames(index)
+            row[OWN_FRAMES] = self.heard.own_frames(number)
         return row
 
 

@@ -30,9 +30,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 import speech_data
-from asr_rows import training_row
+from asr_rows import OF_TRAINING, training_row
 from features import Features, encoded_of, features_of, spec_augment
-from speech_data import LONG, Set, load_split
+from speech_data import LONG, Set, load_split, refuse_same
 from speech_rows import OWN_FRAMES, SpeechBatches, SpeechRows, text_tokens
 from vblora.io import write_json
 from vblora.models import TRAINING_FILE, model_name, torch_dtype
@@ -45,6 +45,7 @@ from vblora_experiments.whisper_counts import TARGETS
 from whisper_models import (
     WINDOW,
     Prompt,
+    check_targets,
     load_tokenizer,
     load_whisper,
     model_print,
@@ -83,7 +84,10 @@ class SpeechArguments:
     window: int = field(default=WINDOW, metadata={"help": "seconds that the model hears at once; less is faster"})
     long_clips: str = field(
         default="refuse",
-        metadata={"help": "recordings longer than the window: refuse, or leave_out (told and counted)"},
+        metadata={
+            "help": "recordings longer than the window, and transcripts than the decoder reads: refuse, or leave_out "
+            "(told and counted)"
+        },
     )
     spec_augment: bool = field(default=False, metadata={"help": "mask bands of time and frequency in training"})
     dtype: str = field(default="float32", metadata={"help": "of the model's weights"})
@@ -117,6 +121,7 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--long_clips must be one of {', '.join(LONG)}, not {speech.long_clips!r}")
     commands.check_least(speech, max_train_samples=1)
     torch_dtype(speech.dtype)
+    refuse_same(speech.data_dir, settings.output_dir)
     if method.method == "full" and speech.targets != "both":
         raise ValueError(f"--method full trains the whole model: --targets both, not {speech.targets}")
     if method.method == ZERO_SHOT:
@@ -129,12 +134,11 @@ def check_zero_shot(settings: Settings) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    speech, method, _ = parts(settings)
+    method = settings.of(MethodArguments)
     if len(given(method)) > 1:
         raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
     of_training = {f.name for f in fields(TrainingArguments)} - {"bf16"}  # a row may have it, and a processor not
-    useless = sorted(of_training & settings.overrides.keys()) + ["spec_augment"] * speech.spec_augment
-    if useless:
+    if useless := sorted((of_training | set(OF_TRAINING)) & settings.overrides.keys()):
         raise ValueError(f"--{useless[0]} does nothing with --method {ZERO_SHOT}, which trains nothing: leave it out")
 
 
@@ -198,6 +202,7 @@ def fit(settings: Settings, sets: tuple[Set, Set], sounds: list[list[str]], plan
     if method.method == ZERO_SHOT:
         write_json(out / TRAINING_FILE, untrained(plan, prompt))
         return
+    check_targets(model, speech.targets)
     adapted = apply_method(model, method.method, settings_of(method, speech))
     rows = rows_of(model, tokenizer, prompt, speech, sets, sounds)
     trainer = SpeechTrainer(
@@ -211,7 +216,7 @@ def fit(settings: Settings, sets: tuple[Set, Set], sounds: list[list[str]], plan
     )
     trainer.spec_augment = speech.spec_augment
     if training_run.train(trainer, out):
-        training_run.write(out, plan, trainer, of_speech(prompt, trainer, sets[0]))
+        training_run.write(out, plan, trainer, of_speech(prompt, trainer, sets[0], rows[0]))
 
 
 class SpeechTrainer(AdapterTrainer):
@@ -243,10 +248,10 @@ def rows_of(
     kept = speech.cache_encoder and not speech.spec_augment and not trains_encoder(model)
     rows = []
     for part, prints in zip(sets, sounds, strict=True):
-        texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions)
+        texts = text_tokens(part.clips, tokenizer, prompt, model.config.max_target_positions, speech.long_clips)
         heard: Any = features(model, part, prints, speech.window, cache)
         if kept:
-            name = model_print(speech.model_name_or_path)
+            name = model_print(speech.model_name_or_path, model.config)
             heard = encoded_of(heard, model, name, cache)
         rows.append(SpeechRows(heard, texts))
     return rows
@@ -277,14 +282,14 @@ def untrained(plan: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def of_speech(prompt: Prompt, trainer: AdapterTrainer, train: Set) -> dict[str, Any]:
+def of_speech(prompt: Prompt, trainer: AdapterTrainer, train: Set, rows: SpeechRows) -> dict[str, Any]:
     """What training.json has of a training on speech."""
     curve = [{"step": e["step"], "loss": e["eval_loss"]} for e in trainer.state.log_history if "eval_loss" in e]
     return {
         "prompt": prompt.to_dict(),
-        "train_rows": len(train.clips),
-        "train_minutes": round(sum(train.seconds) / 60, 2),
-        "left_out": len(train.left_out),
+        "train_rows": len(rows),
+        "train_minutes": round(sum(train.seconds[number] for number in rows.numbers) / 60, 2),
+        "left_out": len(train.left_out) + len(train.clips) - len(rows),
         "validation_losses": [point["loss"] for point in curve],
         "curve": curve,
     }

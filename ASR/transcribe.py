@@ -3,8 +3,9 @@
     python ASR/transcribe.py runs/asr/try --data_dir DIR                  # test.tsv of DIR, into runs/asr/try/test.tsv
     python ASR/transcribe.py runs/asr/try --data_dir DIR --split dev --beam 5 --merge
 
-Writes SPLIT.tsv with the columns path and text, as `score_speech.py` takes it. A text that has not ended after
---max_new_tokens is cut there, and such texts are counted. Interrupted, it goes on where it stopped.
+Writes SPLIT.tsv with the columns path and text, as `score_speech.py` takes it; DIR's table needs no texts. A
+text that has not ended after --max_new_tokens is cut there, and such texts are counted. Interrupted, it goes on where
+it stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, HfArgumentParser
 
 from features import Features, features_of
-from speech_data import SPLITS, Set, fingerprint, load_split, sound_prints
+from speech_data import SPLITS, Set, fingerprint, load_split, refuse_same, sound_prints
 from train_speech import RUNS, ZERO_SHOT
 from vblora.io import read_json, replacing, write_json
 from vblora.models import PLAN_FILE, Tuned, own_device, with_adapter
@@ -82,13 +83,14 @@ def transcribe_split(options: Options) -> Path:
     """
     commands.check_least(options, batch_size=1)
     decoding = options.decoding
+    refuse_same(options.data_dir, options.run)
     if not (options.run / PLAN_FILE).exists():
         raise ValueError(f"{options.run} holds no run of train_speech.py")
     tuned = Tuned.of(str(options.run), base=options.model_name_or_path)
     plan = tuned.plan
     if plan is None or "language" not in plan:
         raise ValueError(f"{options.run} is no run of ASR/train_speech.py")
-    part = load_split(options.data_dir, options.split, plan["window"], plan["long_clips"])
+    part = load_split(options.data_dir, options.split, plan["window"], plan["long_clips"], needs_texts=False)
     sounds = sound_prints(part.clips)
     made_with = {"data": fingerprint(part.clips, sounds), "run": runs.plan_print(plan)}
     settings = {**asdict(decoding), "merge": options.merge, **made_with}
@@ -99,7 +101,10 @@ def transcribe_split(options: Options) -> Path:
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target
-    done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings)
+    partial = options.run / f"{options.split}.partial.jsonl"
+    if target.exists() and not partial.exists():
+        raise ValueError(f"{target} was not written by this program, which would replace it: move it away first")
+    done = Progress.of(partial, settings)
     missing = [number for number in range(len(part.clips)) if number not in done.texts]
     if missing:
         decode(load(tuned, options.merge), tuned, part, sounds, missing, options, done)
@@ -170,6 +175,7 @@ def decode(
     mels = whisper.config.num_mel_bins
     heard = features_of(part.clips, sounds, part.seconds, mels, plan["window"], options.cache_dir)
     order = sorted(missing, key=lambda number: -part.seconds[number])
+    warn_of_long(part, tokenizer, options.decoding.max_new_tokens)
     with bars.counter(len(order), "transcribing") as count:
         for at in range(0, len(order), options.batch_size):
             numbers = order[at : at + options.batch_size]
@@ -177,6 +183,15 @@ def decode(
             entries = [json.dumps({"text": text, "ended": ended}) for text, ended in found]
             done.add(dict(zip(numbers, entries, strict=True)))
             count.update(len(numbers))
+
+
+def warn_of_long(part: Set, tokenizer: Any, most: int) -> None:
+    """Say how many transcripts are longer than a text may become: their rates have a floor."""
+    texts = tokenizer([f" {clip.text}" for clip in part.clips], add_special_tokens=False)["input_ids"]
+    sizes = [len(ids) + 1 for ids in texts]  # with the end
+    if longer := sum(size > most for size in sizes):
+        found = f"{longer} of {len(sizes)} transcripts have more than {most} tokens (up to {max(sizes)})"
+        print(f"warning: {found} and cannot be said whole: raise --max_new_tokens", flush=True)
 
 
 def batch_of(heard: Features, numbers: list[int]) -> Tensor:

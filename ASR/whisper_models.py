@@ -61,9 +61,10 @@ def load_tokenizer(name: str) -> Any:
     return from_hub(lambda: WhisperTokenizer.from_pretrained(name), name, FLAG)
 
 
-def model_print(name: str) -> str:
-    """What tells a model's weights from others: a folder's fingerprint, or the name on the hub."""
-    return folder_fingerprint(Path(name)) if Path(name).is_dir() else name
+def model_print(name: str, config: Any) -> str:
+    """What tells a model's weights from others: a folder's fingerprint, or the name on the hub and its revision."""
+    revision = getattr(config, "_commit_hash", None)
+    return folder_fingerprint(Path(name)) if Path(name).is_dir() else f"{name}@{revision}" if revision else name
 
 
 def target_modules(targets: str) -> str:
@@ -80,6 +81,21 @@ def target_modules(targets: str) -> str:
             f"--targets {targets}: {error}; one of {', '.join(TARGETS)}, or a regular expression"
         ) from error
     return expression
+
+
+def check_targets(model: Any, targets: str) -> None:
+    """Refuse an expression that matches what is no linear layer; methods would fail on it one by one.
+
+    Raises:
+        ValueError: naming the first such layer.
+    """
+    expression = target_modules(targets)
+    for name, module in model.named_modules():
+        if re.fullmatch(expression, name) and not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"--targets {targets} matches {name}, a {type(module).__name__}: only linear layers are adapted; one "
+                f"of {', '.join(TARGETS)}, or an expression for linear layers alone"
+            )
 
 
 def trains_encoder(model: Any) -> bool:

@@ -16,20 +16,21 @@ from vblora.targets import find_targets, layer_shapes
 from vblora_experiments.whisper_counts import SETTINGS, SIZES, TARGETS, parameters, shapes, stored
 
 # The parameters that OpenAI's README prints, in millions.
-PRINTED = {"tiny": 39, "base": 74, "small": 244, "medium": 769, "large-v2": 1550, "large-v3": 1550}
+LARGE = {"large": 1550, "large-v2": 1550, "large-v3": 1550, "large-v3-turbo": 809}
+PRINTED = {"tiny": 39, "base": 74, "small": 244, "medium": 769, **LARGE}
 METHODS = [(method, targets) for method in SETTINGS for targets in ("decoder", "cross")] + [("lora", "both")]
 
 
 def build(name, device="meta"):
     size = SIZES[name]
-    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in of_a_side(size).items()}
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in of_a_side(size, side).items()}
     config = WhisperConfig(vocab_size=size.vocabulary, num_mel_bins=size.mels, d_model=size.width, **sides)
     with torch.device(device):
         return WhisperForConditionalGeneration(config)
 
 
-def of_a_side(size):
-    return {"layers": size.layers, "attention_heads": size.width // 64, "ffn_dim": 4 * size.width}
+def of_a_side(size, side):
+    return {"layers": size.layers_of(side), "attention_heads": size.width // 64, "ffn_dim": 4 * size.width}
 
 
 on_meta = cache(build)

@@ -89,7 +89,7 @@ def torch_dtype(name: str) -> torch.dtype:
     """
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"--dtype {name} names no floating point type; auto, float32, bfloat16 and float16 do")
+        raise ValueError(f"--dtype {name} names no floating point type, such as float32, bfloat16 or float16")
     return found
 
 

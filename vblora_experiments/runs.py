@@ -168,8 +168,8 @@ def begin(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         changed = in_words(read_json(directory / PLAN_FILE), plan)
         if changed and _has_results(directory):
             raise ValueError(
-                f"{directory} holds a run with other settings ({changed}): remove it, or give another place "
-                "(--output_dir; for reproduce.sh --runs)"
+                f"{directory} holds a run with other settings ({changed}): give another place "
+                "(--output_dir; for reproduce.sh --runs), or remove it"
             )
         if (directory / RECORD_FILE).exists():
             return read_json(directory / RECORD_FILE)

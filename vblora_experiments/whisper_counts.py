@@ -30,6 +30,11 @@ class Size(NamedTuple):
     """Of each side."""
     vocabulary: int = 51865
     mels: int = 80
+    fewer: int = 0
+    """Layers that the decoder has less than the encoder."""
+
+    def layers_of(self, side: str) -> int:
+        return self.layers - (self.fewer if side == "decoder" else 0)
 
 
 _ENGLISH = 51864
@@ -42,8 +47,10 @@ SIZES = {
     "whisper-small": Size(768, 12),
     "whisper-medium.en": Size(1024, 24, _ENGLISH),
     "whisper-medium": Size(1024, 24),
+    "whisper-large": Size(1280, 32),
     "whisper-large-v2": Size(1280, 32),
     "whisper-large-v3": Size(1280, 32, 51866, 128),
+    "whisper-large-v3-turbo": Size(1280, 32, 51866, 128, 28),
 }
 HEARD, SAID = 1500, 448  # positions of the encoder and of the decoder
 # What is counted unless another setting is chosen: the ranks of the rows in ASR/asr_rows.py, and the paper's bank.
@@ -110,7 +117,7 @@ def shapes(model: str, targets: str) -> list[LayerShape]:
 def _linear_layers(size: Size) -> Iterator[LayerShape]:
     wide = 4 * size.width
     for side, attentions in (("encoder", ["self_attn"]), ("decoder", ["self_attn", "encoder_attn"])):
-        for layer in range(size.layers):
+        for layer in range(size.layers_of(side)):
             prefix = f"model.{side}.layers.{layer}"
             for attention in attentions:
                 for part in ("q", "k", "v", "out"):
@@ -126,7 +133,7 @@ def parameters(model: str) -> int:
     weights = sum(shape.in_features * shape.out_features for shape in linear)
     biases = sum(shape.out_features for shape in linear if not shape.name.endswith("k_proj"))
     # A weight and a bias each: before every attention and feed-forward layer, and at the end of each side.
-    norms = 2 * size.width * (size.layers * (2 + 3) + 2)
+    norms = 2 * size.width * (2 * size.layers_of("encoder") + 3 * size.layers_of("decoder") + 2)
     convolutions = 3 * size.width * (size.mels + size.width) + 2 * size.width  # both three frames wide
     embeddings = size.width * (size.vocabulary + HEARD + SAID)
     return weights + biases + norms + convolutions + embeddings

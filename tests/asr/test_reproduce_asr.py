@@ -245,7 +245,7 @@ def test_settings_of_training_go_to_the_rows_that_train(flag, value, capsys):
     extra = {flag: value, "window": "6", "use_cpu": "true"}
     jobs = [TABLE.job(trial, options, extra) for trial in TABLE.plan(options, extra)]
     assert [job.name for job in jobs] == [
-        "tiny_en_zero_shot_it_window30_window_6_seed0",
+        "tiny_en_zero_shot_it_window30_seed0",
         "tiny_en_zero_shot_it_window_6_seed0",
         f"tiny_en_recipe_small_it_{flag}_{value}_window_6_seed0",
     ]
@@ -253,6 +253,17 @@ def test_settings_of_training_go_to_the_rows_that_train(flag, value, capsys):
     assert all("--use_cpu" in job.command for job in jobs)
     for job in jobs:
         TABLE.check_flags(job.command[2:])
+
+
+def test_a_flag_that_is_given_goes_before_the_languages_own():
+    options = campaign.parse(TABLE, ["asr", "--languages", "ru", "--methods", "lora", "--seeds", "0", "--plan"])
+    extra = {"max_new_tokens": "50", "max_train_samples": "9"}
+    trials = TABLE.plan(options, extra)
+    assert all(trial.overrides == {"language": "ru", **trial.changes, **trial.extra} for trial in trials)
+    assert [trial.overrides["max_new_tokens"] for trial in trials] == ["50"] * 3
+    assert ["max_train_samples" in trial.overrides for trial in trials] == [False, False, True]
+    for job in (TABLE.job(trial, options, extra) for trial in trials):
+        assert job.command.count("--max_new_tokens") == 1 and "50" in job.command
 
 
 def test_a_plan_without_data_is_shown_and_runs_need_it(capsys):

@@ -73,7 +73,7 @@ def test_the_decoder_is_to_say_the_text_and_its_end_and_nothing_else(whispers):
     prompt = prompt_of(model, tokenizer, "it")
     clips = [Clip(None, text, text, f"line {n}") for n, text in enumerate(["do re mi", "do"])]
     texts = text_tokens(clips, tokenizer, prompt, 32)
-    batch = decoder_inputs(texts, prompt.ids, tokenizer.pad_token_id)
+    batch = decoder_inputs(list(texts.values()), prompt.ids, tokenizer.pad_token_id)
     read, said = batch["decoder_input_ids"], batch["labels"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     for text, row, labels in zip(("do re mi", "do"), read, said, strict=True):
@@ -85,8 +85,23 @@ def test_the_decoder_is_to_say_the_text_and_its_end_and_nothing_else(whispers):
     # What is read is what is said, one place later, as the model itself would shift it.
     shifted = shift_tokens_right(said, tokenizer.pad_token_id, prompt.ids[0])
     assert torch.equal(shifted[0][len(prompt.ids) :], read[0][len(prompt.ids) :])
-    with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 5"):
+    with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 5: .*leave_out"):
         text_tokens(clips, tokenizer, prompt, 5)
+    assert text_tokens(clips, tokenizer, prompt, 5, "leave_out") == {1: texts[1]}
+    with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 2"):
+        text_tokens(clips, tokenizer, prompt, 2, "leave_out")
+
+
+def test_a_transcript_that_is_too_long_is_left_out_and_counted(flags, tones, tmp_path, capsys):
+    data = shutil.copytree(tones, tmp_path / "data")
+    table = data / "train.tsv"
+    table.write_text(table.read_text().replace("\tre do\n", f"\tre {'do mi ' * 30}\n"))
+    command = flags("english", "--method", "lora", *METHODS["lora"], "--data_dir", str(data), "--num_train_epochs", "1")
+    with pytest.raises(ValueError, match=r"train\.tsv, line 3: the transcript has .* decoder reads 32: remove"):
+        train_speech.main(command)
+    result = train_speech.main([*command, "--long_clips", "leave_out"])
+    assert result["train_rows"] == 7 and result["left_out"] == 1 and result["train_minutes"] == round(7 * 0.4 / 60, 2)
+    assert "1 transcripts are longer than the 32 tokens of the decoder and are left out" in capsys.readouterr().out
 
 
 def test_a_shorter_window_keeps_the_first_positions(whispers, tmp_path):
@@ -189,6 +204,8 @@ def test_zero_shot_is_the_model_as_it_is(flags, tmp_path):
             "--learning_rate does nothing with --method zero_shot, which trains nothing: leave it",
         ),
         (["--spec_augment", "true"], "--spec_augment does nothing"),
+        (["--targets", "encoder"], "--targets does nothing"),
+        (["--max_train_samples", "2"], "--max_train_samples does nothing"),
         (["--config", "run.yaml"], "--num_train_epochs does nothing"),
     ],
 )
@@ -227,6 +244,48 @@ def test_a_wrong_test_part_is_found_before_the_training(flags, tones, tmp_path, 
     (data / "test.tsv").unlink()
     with pytest.raises(ValueError, match=r"has no test\.tsv"):
         run_asr.main(command)
+    soundfile.write(data / "long.mp3", sound("do re mi fa", 16000), 16000)
+    whole = (data / "long.mp3").read_bytes()
+    (data / "long.mp3").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    (data / "test.tsv").write_text("path\ttext\nlong.mp3\tdo\n")
+    with pytest.raises(ValueError, match=r"test\.tsv, line 2: .*long\.mp3 is cut short"):
+        run_asr.main(command)
+
+
+def test_transcripts_are_never_replaced(flags, tones, whispers, cache, tmp_path):
+    """The texts of a run have the names of the tables: in their folder they would take their place, at a WER of 0."""
+    data = shutil.copytree(tones, tmp_path / "data")
+    before = {file.name: file.read_bytes() for file in data.iterdir()}
+    command = ["--method", "zero_shot", "--max_new_tokens", "4", "--data_dir", str(data)]
+    for main in (run_asr.main, train_speech.main):
+        with pytest.raises(ValueError, match=r"data is the folder of the data, whose tables the run would replace"):
+            main(flags("english", *(command if main is run_asr.main else command[:2] + command[4:]), out=data))
+    run_asr.main(flags("english", *command))
+    shutil.copytree(tmp_path / "run", data, dirs_exist_ok=True, ignore=lambda _, names: {*before} & {*names})
+    here = ["--model_name_or_path", str(whispers["english"]), "--cache_dir", str(cache), "--max_new_tokens", "4"]
+    with pytest.raises(ValueError, match="is the folder of the data"):
+        transcribe.main([str(data), *here, "--data_dir", str(data / ".")])
+    assert {name: (data / name).read_bytes() for name in before} == before
+    (tmp_path / "run" / "test.decoding.json").unlink()
+    (tmp_path / "run" / "test.tsv").write_text("mine")
+    with pytest.raises(ValueError, match=r"test\.tsv was not written by this program, .*: move it away first"):
+        transcribe.main([str(tmp_path / "run"), *here, "--data_dir", str(tones)])
+    assert (tmp_path / "run" / "test.tsv").read_text() == "mine"
+
+
+def test_recordings_without_a_transcript_are_transcribed(flags, tones, whispers, cache, tmp_path, capsys):
+    run_asr.main(flags("english", "--method", "zero_shot", "--max_new_tokens", "2"))
+    assert "warning: 3 of 3 transcripts have more than 2 tokens (up to" in capsys.readouterr().out
+    run, here = tmp_path / "run", ["--model_name_or_path", str(whispers["english"]), "--cache_dir", str(cache)]
+    spoken = (run / "test.tsv").read_text()
+    for table in ("path\n{}\n{}\n{}\n", "path\ttext\n{}\t\n{}\t\n{}\t\n"):
+        for name in ("test.tsv", "test.decoding.json"):
+            (run / name).unlink()
+        (tmp_path / "test.tsv").write_text(table.format(*(tones / f"test_{number}.wav" for number in range(3))))
+        transcribe.main([str(run), *here, "--data_dir", str(tmp_path), "--max_new_tokens", "2"])
+        assert (run / "test.tsv").read_text().replace(f"{tones}/", "") == spoken
+    with pytest.raises(ValueError, match=r"test\.tsv, line 2: the transcript '' has no word"):
+        run_asr.read_table(tmp_path / "test.tsv")
 
 
 def test_a_recording_called_otherwise_than_in_its_text_is_named(flags, tones, whispers, cache, tmp_path):
@@ -349,6 +408,7 @@ def test_a_batch_says_what_each_recording_says_alone(whispers, tones, cache):
         (["--long_clips", "cut"], "--long_clips must be one of refuse, leave_out"),
         (["--max_train_samples", "0"], "--max_train_samples must be at least 1"),
         (["--targets", "nonesuch"], "match no layer"),
+        (["--targets", ".*conv1"], r"--targets \.\*conv1 matches model\.encoder\.conv1, a Conv1d: only linear layers"),
         (["--targets", "("], r"--targets \(: .*one of decoder, encoder, both, cross"),
         (["--method", "full"], "--method full trains the whole model: --targets both"),
         (["--method", "lora", "--topk", "2"], "--topk does nothing with --method lora"),
@@ -423,16 +483,18 @@ def test_a_reference_of_which_nothing_is_left_counts_what_was_said():
     assert set(np.round(draws, 6)) == {0.0, 50.0} and len(draws) < word_errors.DRAWS
 
 
-def test_outputs_and_references_must_name_the_same_recordings(tmp_path):
+def test_outputs_and_references_must_name_the_same_recordings(tmp_path, capsys):
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tdo\n")
     (tmp_path / "ref.tsv").write_text("path\ttext\na.wav\tdo\nb.wav\tre\n")
     command = [str(tmp_path / "out.tsv"), str(tmp_path / "ref.tsv")]
     with pytest.raises(
-        ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has: score against .*leave_out"
+        ValueError, match=r"out\.tsv has no row for b\.wav, which .*ref\.tsv has: score against .*--only_outputs"
     ):
         score_speech.main(command)
     with pytest.raises(ValueError, match=rf"^--json {tmp_path} is a folder: name a file in it$"):
         score_speech.main([*command, "--json", str(tmp_path)])
+    assert score_speech.main([*command, "--only_outputs"])["rates"]["raw"]["wer"]["percent"] == 0
+    assert "1 of 2 recordings of" in capsys.readouterr().out
     (tmp_path / "out.tsv").write_text("path\ttext\na.wav\tDo\nb.wav\t\n")
     result = score_speech.main([*command, "--json", str(tmp_path / "rates.json")])
     assert result["rates"]["raw"]["wer"]["percent"] == 100 and result["rates"]["unicode"]["wer"]["percent"] == 50
