@@ -101,10 +101,7 @@ def transcribe_split(options: Options) -> Path:
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target
-    partial = options.run / f"{options.split}.partial.jsonl"
-    if target.exists() and not partial.exists():
-        raise ValueError(f"{target} was not written by this program, which would replace it: move it away first")
-    done = Progress.of(partial, settings)
+    done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings, target)
     missing = [number for number in range(len(part.clips)) if number not in done.texts]
     if missing:
         decode(load(tuned, options.merge), tuned, part, sounds, missing, options, done)

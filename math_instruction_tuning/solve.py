@@ -98,7 +98,7 @@ def solve(options: Options) -> Path:
             raise ValueError(f"{target} has answers of other settings ({changed}): remove it, or give another --output")
         print(f"{target} is there already")
         return target
-    done = Progress.of(target.with_suffix(".partial.jsonl"), settings)
+    done = Progress.of(target.with_suffix(".partial.jsonl"), settings, target)
     missing = [problem for problem in problems if problem.number not in done.texts]
     if missing:
         answer(engine_of(options, tuned, target.parent), missing, done)

@@ -26,12 +26,20 @@ class Progress:
         self.path, self.settings, self.texts = path, settings, texts
 
     @classmethod
-    def of(cls, path: Path, settings: dict[str, Any]) -> Progress:
+    def of(cls, path: Path, settings: dict[str, Any], target: Path | None = None) -> Progress:
         """What an interrupted run with these settings left; a line that was cut off does not count.
 
+        Args:
+            path: the file.
+            settings: what the texts are made with.
+            target: the file that they go into once all are there.
+
         Raises:
-            ValueError: it was left with other settings, a line is damaged, or another process is at it now.
+            ValueError: it was left with other settings, a line is damaged, another process is at it now, or the target
+                is somebody's own: no texts that were left are to become it.
         """
+        if target is not None and target.exists() and not path.exists():
+            raise ValueError(f"{target} was not written by this command, which would replace it: move it away first")
         lock = _locked(path)
         content = path.read_bytes() if path.exists() else b""
         whole = content.rpartition(b"\n")[0]

@@ -268,7 +268,7 @@ def test_transcripts_are_never_replaced(flags, tones, whispers, cache, tmp_path)
     assert {name: (data / name).read_bytes() for name in before} == before
     (tmp_path / "run" / "test.decoding.json").unlink()
     (tmp_path / "run" / "test.tsv").write_text("mine")
-    with pytest.raises(ValueError, match=r"test\.tsv was not written by this program, .*: move it away first"):
+    with pytest.raises(ValueError, match=r"test\.tsv was not written by this command, .*: move it away first"):
         transcribe.main([str(tmp_path / "run"), *here, "--data_dir", str(tones)])
     assert (tmp_path / "run" / "test.tsv").read_text() == "mine"
 

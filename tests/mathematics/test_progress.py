@@ -144,3 +144,15 @@ def test_appended_content_follows_what_was_there(tmp_path):
     append(tmp_path / "x", b"one\n")
     append(tmp_path / "x", b"two\n")
     assert (tmp_path / "x").read_bytes() == b"one\ntwo\n"
+
+
+def test_a_file_of_somebodys_own_is_not_replaced(tmp_path):
+    path, target = tmp_path / "x.partial.jsonl", tmp_path / "x.jsonl"
+    target.write_text("mine")
+    with pytest.raises(ValueError, match=r"x\.jsonl was not written by this command, .*: move it away first"):
+        Progress.of(path, SETTINGS, target)
+    assert target.read_text() == "mine" and not path.exists()
+    target.unlink()
+    Progress.of(path, SETTINGS, target).add({1: "x"})
+    target.write_text("x")  # a crash between the file and its note
+    assert Progress.of(path, SETTINGS, target).texts == {1: "x"}
