@@ -33,7 +33,7 @@ BLOCK = 1 << 22  # numbers that are drawn at once: all N x h would be 320 MB for
 def draw(config: VBLoRAConfig, parts: Tensor, seed: int) -> tuple[Tensor, Iterator[Tensor]]:
     """Initial values: the bank (h, b), and the logits (N, h) as blocks of rows, from the first to the last.
 
-    With `init_vectors_of_a` = n the vectors from n on are zero. Where vectors are divided (`_divided`), a logit is
+    With `init_vectors_of_a` = n the vectors from n on are zero. Where vectors are divided (`divided`), a logit is
     positive if row and vector are of one part, else negative: a row selects those of its part (`Layout.parts`) first.
 
     Drawn on the CPU in float32 whatever the device, so that a seed means the same on all of them; to the bit only on
@@ -45,21 +45,21 @@ def draw(config: VBLoRAConfig, parts: Tensor, seed: int) -> tuple[Tensor, Iterat
     bank.uniform_(-bound, bound, generator=generator)
     if config.init_vectors_of_a:
         bank[config.init_vectors_of_a :] = 0
-    divided = _divided(config, parts)
+    split = divided(config, parts)
 
     def blocks() -> Iterator[Tensor]:
         for part in _parts(len(parts), h):
             drawn = torch.empty(part.stop - part.start, h, dtype=torch.float32, device="cpu")
             drawn.normal_(generator=generator).mul_(config.init_logits_std)
-            if divided is not None:
-                own = divided[0][part].unsqueeze(1) == divided[1]  # (n, h)
+            if split is not None:
+                own = split[0][part].unsqueeze(1) == split[1]  # (n, h)
                 drawn = torch.where(own, drawn.abs(), -drawn.abs())
             yield drawn
 
     return bank, blocks()
 
 
-def _divided(config: VBLoRAConfig, parts: Tensor) -> tuple[Tensor, Tensor] | None:
+def divided(config: VBLoRAConfig, parts: Tensor) -> tuple[Tensor, Tensor] | None:
     """The part of each row (N) and of each vector (h): the first n vectors are A's and the others B's, or all of both,
     and the kinds of layers have as many of them as is their share of the rows. None where nothing is divided."""
     n, h = config.init_vectors_of_a, config.num_vectors

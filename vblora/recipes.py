@@ -9,10 +9,12 @@ at its full size and B at zero. The recipe takes LoRA's start, and gives most of
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -21,8 +23,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vblora import counts
+from vblora.bank import Layout
 from vblora.config import VBLoRAConfig
 from vblora.groups import param_groups
+from vblora.logits import divided
 from vblora.shapes import Count, LayerShape, check_rank, tiles
 from vblora.targets import find_targets, layer_shapes
 
@@ -41,6 +45,7 @@ LOGITS_STD, LOGITS_RATE = 3.0, 3e-2
 WARMUP, MAX_GRAD_NORM = 0.06, 1.0
 LONGEST = 256  # of a sub-vector, as in the paper
 SHORTEST = 16
+NARROW = 0.05  # of all widths: what layers have that are narrower than the rest
 RATE_OF = {"lr_vector_bank": "rate of the bank", "lr_logits": "rate of the logits"}
 
 
@@ -91,7 +96,7 @@ class Recipe:
 
             t / w up to w, and (steps - t) / (steps - w) from there, times each group's rate
 
-        It is transformers' linear schedule.
+        It is transformers' linear schedule, whose first step has a rate of 0: of one step nothing is learned.
 
         Raises:
             ValueError: steps is no whole number from 1 up.
@@ -145,14 +150,14 @@ def recipe(
 
     The bank starts within bound, with in_l the input widths and w the weights of a mixture, and trains at rate:
 
-        bound^2 = 3^2 * mean of 1 / in_l over the sub-vectors of A / expected sum of w^2
+        bound^2 = 3^2 / mean of in_l over the layers / expected sum of w^2
         rate = 2 * LoRA's rate
 
     Args:
         model: the base model, or one without memory for its weights (device "meta").
         target_modules: which layers, as in `vblora.VBLoRAConfig`.
-        max_bytes: of the adapter's tensors in PEFT's top-k form; it decides num_vectors. A fifth of LoRA's numbers at
-            the same rank unless given, or num_vectors.
+        max_bytes: of the adapter's tensors in PEFT's top-k form, without the file's header and modules trained in full;
+            it decides num_vectors. A fifth of LoRA's numbers at the same rank unless given, or num_vectors.
         lora_rate: the rate at which LoRA would be trained. Unless given, 2e-3 at a width of 384, which was
             searched, and at another most frequent input width in inverse proportion to it, or to its root below 384.
         r, topk, num_vectors, vector_length: chosen by the user where given.
@@ -170,7 +175,8 @@ def recipe(
     if num_vectors is not None and num_vectors < 2 * topk:
         raise ValueError(f"num_vectors {num_vectors} is too few: A and B need topk {topk} each")
     for name, value in (("lora_rate", lora_rate), ("init_vector_bank_bound", settings.get("init_vector_bank_bound"))):
-        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+        known = isinstance(value, Real) and type(value) is not bool  # NumPy's too
+        if value is not None and not (known and 0 < float(value) < math.inf):
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
     if unknown := sorted(settings.keys() - {field.name for field in fields(VBLoRAConfig)}):
         raise ValueError(f"unknown setting of vblora: {', '.join(unknown)}")
@@ -184,19 +190,20 @@ def recipe(
     start = {"init_logits_std": LOGITS_STD, "init_vectors_of_a": _vectors_of_a(h, r, topk), **settings}
     chosen = {"r": r, "topk": topk, "num_vectors": h, "vector_length": b, **start}
     config = VBLoRAConfig(target_modules=target_modules, **chosen)
+    if config.init_by_kind:
+        divided(config, Layout(shapes, r, b).parts)  # refuses a bank of too few vectors for all kinds
     if "init_vector_bank_bound" not in settings:
-        squared = _mean_inverse_width(shapes, b) / _weights_squared(config)
+        squared = len(shapes) / sum(shape.in_features for shape in shapes) / _weights_squared(config)
         chosen["init_vector_bank_bound"] = SIZE_OF_A * math.sqrt(squared)
         config = replace(config, init_vector_bank_bound=chosen["init_vector_bank_bound"])
-    width = Counter(shape.in_features for shape in shapes).most_common(1)[0][0]
-    lora = _lora_rate(width) if lora_rate is None else lora_rate
+    lora, why_lora = _lora_rate(shapes) if lora_rate is None else (float(lora_rate), "as given")
     rates = {"lr_vector_bank": RATE * lora, "lr_logits": LOGITS_RATE if topk > 1 else 0.0}
     stored = config.count(shapes)
     of_lora = counts.count_lora(shapes, r=r).parameters
     reasons = [
-        ("r", "rank of the factors, as LoRA's"),
+        ("r", "rank of the factors"),
         ("vector_length", why_b),
-        ("num_vectors", why_h),
+        ("num_vectors", why_h + _idle(shapes, config)),
         ("topk", _why_topk(topk)),
         ("init_vectors_of_a", "A is drawn from these; B from the others, which start at zero"),
         ("init_vector_bank_bound", f"A starts {SIZE_OF_A:g} times as large as LoRA's"),
@@ -204,7 +211,7 @@ def recipe(
     ]
     choices = [Choice(name, chosen[name], "as given" if name in settings else why) for name, why in reasons]
     choices += [
-        Choice("rate of the bank", rates["lr_vector_bank"], f"{RATE:g} times LoRA's, {lora:.4g} at a width of {width}"),
+        Choice("rate of the bank", rates["lr_vector_bank"], f"{RATE:g} times LoRA's {lora:.4g}, {why_lora}"),
         Choice("rate of the logits", rates["lr_logits"], _why_logits(topk)),
         Choice("warm-up", WARMUP, "of the steps, then linear to zero"),
         Choice("gradient clipped to", MAX_GRAD_NORM, "the Trainer's default"),
@@ -220,18 +227,29 @@ def _require_whole(**values: Any) -> None:
 
 
 def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
-    """The longest power of two up to 256 that divides every width, or up to 128 what may cut a row's last sub-vector.
+    """The longest power of two up to 256 that divides the widths, or up to 128 what may cut a row's last sub-vector.
 
     At most half the narrowest input: with one sub-vector to a row of A, rows that draw the same vector are the same,
-    and the update's rank is lower than r.
+    and the update's rank is lower than r. The few layers that are much narrower than the rest do not count: their
+    vectors are cut, and shorter ones for all would be more to select and less to train.
     """
-    half = max(1, min(shape.in_features for shape in shapes) // 2)
-    common = math.gcd(LONGEST, *(width for shape in shapes for width in shape[1:]))
-    while common > half:
-        common //= 2
-    if common >= min(SHORTEST, half):
-        return common, "the longest power of two up to 256 and half a row of A that divides every width"
+    widths = [width for shape in shapes for width in shape[1:]]
+    half = max(1, min(_without_narrow([shape.in_features for shape in shapes])) // 2)
+    for of, which in ((widths, "every width"), (_without_narrow(widths), "all but the narrowest widths")):
+        common = math.gcd(LONGEST, *of)
+        while common > half:
+            common //= 2
+        if common >= min(SHORTEST, half):
+            return common, f"the longest power of two up to 256 and half a row of A that divides {which}"
     return min(LONGEST // 2, half), "the widths have no long divisor in common: the last sub-vector of a row is cut"
+
+
+def _without_narrow(widths: Sequence[int]) -> list[int]:
+    """The widths without the narrowest, which together have at most a part of their sum (NARROW)."""
+    most, kept = NARROW * sum(widths), sorted(widths)
+    while len(kept) > 1 and (most := most - kept[0]) >= 0:
+        del kept[0]
+    return kept
 
 
 def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes: int | None) -> tuple[int, str]:
@@ -240,38 +258,49 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
         most = counts.count_lora(shapes, r=r).parameters // SHARE_OF_LORA * counts.FLOAT32_BYTES
         why = f"at most 1/{SHARE_OF_LORA} of LoRA's numbers"
     else:
-        most, why = max_bytes, f"what {max_bytes:,} bytes hold"
+        most, why = max_bytes, f"what {max_bytes:,} bytes of tensors hold"
 
     def size(h: int) -> int:
         return counts.count_vblora(shapes, r=r, num_vectors=h, vector_length=b, topk=topk).bytes
 
     h, enough = max(1, most // (counts.FLOAT32_BYTES * b)), topk * counts.sub_vectors(shapes, r, b)
     if h > enough:
-        h, why = enough, "as many as the sub-vectors select: more would lie idle"
-    while h >= 2 * topk and size(h) > most:
-        h -= 1
+        h, why = enough, "as many as the sub-vectors select"
+    h = bisect.bisect_right(range(1, h + 1), most, key=size)
     if h < 2 * topk:
         raise ValueError(
             f"{most:,} bytes hold no bank of {2 * topk} vectors of {b} numbers and the selection of "
-            f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, or shorter vectors"
+            f"{counts.sub_vectors(shapes, r, b):,} sub-vectors: give more bytes, a lower r, fewer layers, or another "
+            "vector_length"
         )
     return h, why
 
 
-def _lora_rate(width: int) -> float:
+def _idle(shapes: Sequence[LayerShape], config: VBLoRAConfig) -> str:
+    """How many vectors are likely to be drawn for no sub-vector, in words; "" for few."""
+    r, b, h, of_a = config.r, config.vector_length, config.num_vectors, config.init_vectors_of_a
+    for_a = sum(r * tiles(shape.in_features, b) for shape in shapes)
+    for_b = sum(r * tiles(shape.out_features, b) for shape in shapes)
+    sides = [(of_a, for_a), (h - of_a, for_b)] if of_a else [(h, for_a + for_b)]
+    idle = sum(vectors * (1 - min(1.0, config.topk / vectors)) ** rows for vectors, rows in sides)
+    return f"; about {idle:,.0f} of them are drawn for no sub-vector" if idle >= max(1, h / 100) else ""
+
+
+def _lora_rate(shapes: Sequence[LayerShape]) -> tuple[float, str]:
+    """LoRA's rate at the most frequent input width, and why."""
+    width = Counter(shape.in_features for shape in shapes).most_common(1)[0][0]
     share = LORA_RATE_WIDTH / width
-    return LORA_RATE * (share if share < 1 else math.sqrt(share))
+    known = f"{LORA_RATE:g} at a width of {LORA_RATE_WIDTH}"
+    if share == 1:
+        return LORA_RATE, f"at a width of {LORA_RATE_WIDTH}"
+    if share < 1:
+        return LORA_RATE * share, f"at {width} by 1/width from {known}"
+    return LORA_RATE * math.sqrt(share), f"at {width} by 1/root of the width from {known}"
 
 
 def _vectors_of_a(h: int, r: int, topk: int) -> int:
     """A quarter of the bank, or up to half of a small one: of one vector all rows of A would be the same."""
     return max(topk, min(r, FEWEST_OF_A, h // 2), round(SHARE_OF_A * h))
-
-
-def _mean_inverse_width(shapes: Sequence[LayerShape], b: int) -> float:
-    """The mean of 1 / in_features over the sub-vectors of A."""
-    parts = [tiles(shape.in_features, b) for shape in shapes]  # sub-vectors in a row of A
-    return sum(n / shape.in_features for n, shape in zip(parts, shapes, strict=True)) / sum(parts)
 
 
 def _weights_squared(config: VBLoRAConfig) -> float:
