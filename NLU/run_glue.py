@@ -122,6 +122,11 @@ def check(settings: Settings) -> None:
     if glue.bank_from is not None:
         if method.method != "vblora":
             raise ValueError(f"--bank_from does nothing with --method {method.method}: leave it out")
+        if method.topk == 1 or (method.recipe and method.topk is None):
+            raise ValueError(
+                "--bank_from leaves nothing to train where one vector makes a sub-vector"
+                f"{', as by --recipe' if method.topk is None else ''}: the selection never moves; give --topk 2"
+            )
         read_bank(glue.bank_from)
     if glue.form != "topk" and not method.method.startswith("vblora"):
         raise ValueError(f"--form does nothing with --method {method.method}: leave it out")

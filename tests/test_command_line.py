@@ -71,6 +71,22 @@ def test_flags_go_before_the_file_before_the_row_before_defaults(suffix, tmp_pat
     assert settings.overrides == {**more, "rank": "16", "num_train_epochs": "2"}
 
 
+def test_the_recipe_goes_before_the_numbers_of_a_row_that_has_others(monkeypatch):
+    """They would leave a recipe of nothing: its divided start with the paper's bound, bank and rates."""
+    for name, value in {"rank": 4, "num_vectors": 90, "init_logits_std": 0.01, "learning_rate_logits": 0.01}.items():
+        monkeypatch.setitem(ROW, name, value)
+    row = ("--row", "m/vblora")
+    paper = read(*row).of(MethodArguments)
+    assert (paper.rank, paper.topk, paper.num_vectors, paper.learning_rate_logits) == (4, 2, 90, 0.01)
+    settings = read(*row, "--recipe", "--recipe_bytes", "50000", "--topk", "3")
+    chosen = settings.of(MethodArguments)
+    assert chosen == MethodArguments(recipe=True, recipe_bytes=50000, topk=3)
+    assert chosen.settings([], None)["recipe"] == {"max_bytes": 50000}
+    assert settings.of(TrainingArguments).num_train_epochs == 5 and table(settings)["topk"] == ["3", "flag"]
+    monkeypatch.setitem(ROW, "recipe", True)  # its own: the row's numbers are part of it
+    assert read(*row).of(MethodArguments).rank == read(*row, "--recipe").of(MethodArguments).rank == 4
+
+
 def test_the_recipe_brings_its_warm_up_where_nothing_else_chose_one():
     model = ("--model_name_or_path", "m", "--recipe", "true")
     assert table(read(*model))["warmup_steps"] == ["0.06", "recipe"]

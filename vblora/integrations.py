@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,22 @@ class AdapterTraining:
         kept.hub_token = None
         return kept
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's, whose learning rates are the checkpoint's from here on: others would do nothing.
+
+        Raises:
+            ValueError: the checkpoint trains at other rates.
+        """
+        this: Any = self
+        mine = list(getattr(this.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        kept = list(getattr(this.lr_scheduler, "base_lrs", ()))
+        if mine != kept:
+            raise ValueError(
+                f"{checkpoint} trains at the learning rates {_rates(kept)}, and this run at {_rates(mine)}: give the "
+                "same, or start anew in another output folder"
+            )
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore(self.adapter, resume_from_checkpoint)
 
@@ -178,6 +194,10 @@ class BaseReference:
         this: Any = self
         with self.ref_model.disabled():
             return of(this.model, *positional, **others)
+
+
+def _rates(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:.4g}" for rate in dict.fromkeys(rates))
 
 
 def optimiser_name(args: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -25,6 +26,14 @@ FIELDS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("lora_alpha",),
     "adapter_dropout": ("vblora_dropout", "lora_dropout", "vera_dropout"),
 }
+
+
+# What a recipe decides where no flag does; a row's own values stand for another choice of all of them.
+OF_RECIPE = (
+    *("rank", "topk", "num_vectors", "vector_length"),
+    *("init_logits_std", "init_vector_bank_bound", "init_vectors_of_a", "init_by_kind"),
+    *("learning_rate_vector_bank", "learning_rate_logits"),
+)
 
 
 @dataclass
@@ -71,10 +80,13 @@ class MethodArguments:
     recipe: bool = field(
         default=False,
         metadata={
-            "help": "VB-LoRA's settings and rates from the layers' widths (docs/recipe.md), where no flag gives them"
+            "help": "VB-LoRA's settings and rates from the layers' widths (docs/recipe.md), where no flag gives them; "
+            "those of a row do not count"
         },
     )
-    recipe_bytes: int | None = _flag("with --recipe: bytes of the adapter; a fifth of LoRA's numbers unless given")
+    recipe_bytes: int | None = _flag(
+        "with --recipe: bytes of the adapter's tensors, without header and head; a fifth of LoRA's numbers unless given"
+    )
     recipe_lora_rate: float | None = _flag("with --recipe: the rate at which LoRA would be trained")
     learning_rate_vector_bank: float | None = _flag(f"of the bank; {PAPER_LR_VECTOR_BANK} unless given")
     learning_rate_logits: float | None = _flag(f"of the logits; {PAPER_LR_LOGITS} unless given")
@@ -86,7 +98,9 @@ class MethodArguments:
         Raises:
             ValueError: a flag the method has no use for, or a size below 1.
         """
-        commands.check_least(self, rank=1, topk=1, num_vectors=1, vector_length=1)
+        commands.check_least(self, rank=1, topk=1, num_vectors=1, vector_length=1, recipe_bytes=1)
+        if self.recipe_lora_rate is not None and not 0 < self.recipe_lora_rate < math.inf:
+            raise ValueError(f"--recipe_lora_rate must be a number above 0, not {self.recipe_lora_rate}")
         known = set() if self.method in WITHOUT_SETTINGS else field_names(self.method)
         chosen: dict[str, Any] = {"target_modules": target_modules, "modules_to_save": modules_to_save}
         if self.method.endswith(".json"):  # what the file says goes before what the task would choose

@@ -1,7 +1,8 @@
 """What a run is told, and where each value comes from.
 
 A script's flags are the fields of some dataclasses. A flag goes before the file of --config, that before the row that
---row names, and that before the defaults. The file is YAML or JSON, with the same names as the flags:
+--row names, and that before the defaults. With --recipe a row's numbers of VB-LoRA do not count. The file is YAML or
+JSON, with the same names as the flags:
 
     row: minilm/cola/vblora_qv
     learning_rate_logits: 0.02
@@ -28,7 +29,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vblora.recipes import WARMUP
 from vblora_experiments import bars, commands, runs
-from vblora_experiments.arguments import MethodArguments, split
+from vblora_experiments.arguments import OF_RECIPE, MethodArguments, split
 from vblora_experiments.config_files import read_config
 from vblora_experiments.secrets import is_secret
 
@@ -162,6 +163,9 @@ class Script:
         config = self._checked(self._read(Path(file)), parser, file) if file is not None else {}
         name = given.get("row", told.get("row", config.get("row")))
         row = {} if name is None else self._checked(self.row(name), parser, f"row {name}")
+        if {**config, **told, **given}.get("recipe") and not row.get("recipe"):
+            # A row of other settings keeps its model, data and training: the recipe is asked for in place of the rest.
+            row = {flag: value for flag, value in row.items() if flag not in OF_RECIPE}
         layers = [(self.defaults, f"default of {self.name}"), (row, f"row {name}"), (config, f"config {file}")]
         layers.append((told, CALLER))
         sources = {name: source for values, source in layers for name in values}

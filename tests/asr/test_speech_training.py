@@ -85,7 +85,7 @@ def test_the_decoder_is_to_say_the_text_and_its_end_and_nothing_else(whispers):
     # What is read is what is said, one place later, as the model itself would shift it.
     shifted = shift_tokens_right(said, tokenizer.pad_token_id, prompt.ids[0])
     assert torch.equal(shifted[0][len(prompt.ids) :], read[0][len(prompt.ids) :])
-    with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 5: .*leave_out"):
+    with pytest.raises(ValueError, match=r"line 0: the transcript has 7 tokens, and the decoder reads 5: .*leave_out"):
         text_tokens(clips, tokenizer, prompt, 5)
     assert text_tokens(clips, tokenizer, prompt, 5, "leave_out") == {1: texts[1]}
     with pytest.raises(ValueError, match="line 0: the transcript has 7 tokens, and the decoder reads 2"):

@@ -138,6 +138,30 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(method, flags, tmp_path, 
         assert logs[0].keys() == logs[1].keys() and all(torch.equal(logs[0][key], logs[1][key]) for key in logs[0])
 
 
+def test_a_recipe_that_has_changed_meanwhile_does_not_name_rates_that_were_not_trained_with(
+    flags, tmp_path, monkeypatch
+):
+    """The plan says "recipe", and the rates of an interrupted run are those of its checkpoint."""
+    original, command = run_glue.make_trainer, flags("--recipe", "--num_vectors", "20")
+
+    def stopping(*given):
+        trainer = original(*given)
+        trainer.add_callback(StopAfterFirstSave())
+        return trainer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_glue, "make_trainer", stopping)
+        with pytest.raises(Stop):
+            run_glue.main(command)
+    with monkeypatch.context() as patch:
+        patch.setattr("vblora.recipes.RATE", 4.0)
+        with pytest.raises(
+            ValueError, match=r"checkpoint-2 trains at the learning rates .*, and this run at .*: give the"
+        ):
+            run_glue.main(command)
+    assert run_glue.main(command)["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("method", "save_steps", "max_steps"),
     [("vblora", 3, -1), ("vblora_selection", 3, -1), ("vblora", 4, -1), ("vblora", 6, 6)],
@@ -385,6 +409,11 @@ def test_a_further_task_on_the_frozen_bank_of_another(flags, tmp_path):
     [
         (["--method", "lora", "--rank", "2"], "--bank_from does nothing with --method lora"),
         ([*SIZES, "--num_vectors", "5"], "num_vectors and vector_length must be the same"),
+        (
+            [*SIZES, "--topk", "1"],
+            "--bank_from leaves nothing to train where one vector makes a sub-vector: .*--topk 2",
+        ),
+        (["--recipe"], "one vector makes a sub-vector, as by --recipe: the selection never moves; give --topk 2"),
     ],
 )
 def test_a_bank_that_does_not_serve_is_named(more, message, flags, tmp_path):

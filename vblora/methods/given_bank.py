@@ -17,8 +17,11 @@ def use_bank(adapter: VBLoRA, source: str | Path) -> None:
     Call it before `vblora.param_groups`, which then takes no `lr_vector_bank`.
 
     Raises:
-        ValueError: no adapter with a bank is there, or the bank has another shape. The adapter is as it was.
+        ValueError: no adapter with a bank is there, the bank has another shape, or there is nothing left to train: of
+            one vector to a sub-vector the selection never moves. The adapter is as it was.
     """
+    if adapter.config.topk == 1:
+        raise ValueError("topk 1 with a frozen bank leaves nothing to train, as one vector has weight 1: give topk 2")
     bank = read_bank(source)
     if bank.shape != adapter.vector_bank.shape:
         raise ValueError(
