@@ -11,6 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import vblora
 
+STEPS = 400
+
 
 def build() -> BertForSequenceClassification:
     torch.manual_seed(0)
@@ -31,16 +33,18 @@ def accuracy(model: BertForSequenceClassification) -> float:
 
 def main() -> None:
     model = build()
-    where = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
-    adapter = vblora.attach(model, vblora.VBLoRAConfig(r=4, num_vectors=30, vector_length=32, **where), seed=0)
-    groups = vblora.param_groups(model, lr=5e-3, lr_vector_bank=5e-3, lr_logits=1e-2)
-    optimizer = vblora.AdamW(groups)
+    chosen = vblora.recipe(model, "all-linear", modules_to_save=["classifier"])
+    adapter = vblora.attach(model, chosen.config, seed=0)
+    optimizer = vblora.AdamW(chosen.param_groups(model, lr=5e-3))
+    schedule = chosen.schedule(optimizer, STEPS)
     print(f"before: {accuracy(model):.3f} of 500 right")
-    for step in range(300):
+    for step in range(STEPS):
         loss = model.train()(**batch(32, seed=step)).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), chosen.max_grad_norm)
         optimizer.step()
+        schedule.step()
     print(
         f"after: {accuracy(model):.3f} of 500 right, with {adapter.stored_parameters().parameters:,} stored parameters"
     )

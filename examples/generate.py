@@ -8,24 +8,27 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import vblora
 
+STEPS = 200
+
 
 def main() -> None:
     torch.manual_seed(0)
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     no_ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=64, **size, **no_ends))
-    config = vblora.VBLoRAConfig(
-        r=4, num_vectors=64, vector_length=32, target_modules="all-linear", modules_to_save=["lm_head"]
-    )
-    adapter = vblora.attach(model, config, seed=0)
-    optimizer = vblora.AdamW(vblora.param_groups(model, lr=1e-2, lr_vector_bank=1e-2, lr_logits=1e-2))
-    for step in range(200):
+    chosen = vblora.recipe(model, "all-linear", modules_to_save=["lm_head"])
+    adapter = vblora.attach(model, chosen.config, seed=0)
+    optimizer = vblora.AdamW(chosen.param_groups(model, lr=1e-2))
+    schedule = chosen.schedule(optimizer, STEPS)
+    for step in range(STEPS):
         starts = torch.randint(0, 32, (16, 1), generator=torch.Generator().manual_seed(step))
         ids = (starts + torch.arange(16)) % 32  # each row counts up from its start
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), chosen.max_grad_norm)
         optimizer.step()
+        schedule.step()
     model.eval()
     adapter.merge()
     prompt = torch.tensor([[5, 6, 7]])
