@@ -99,7 +99,7 @@ class Language(NamedTuple):
 
 
 # What the decoder has room for beside its prompt. Whisper's tokens cut some scripts small: a letter of Odia is 2.7 of
-# them, of Dhivehi 1.9, of Sorani 0.95, and longer texts than these are left out.
+# them, of Dhivehi 1.9, of Sorani 0.95. Longer texts are left out of the training, and in the test cannot be said whole.
 ALL_TOKENS = 444
 # The languages that Whisper has no token of, each with the token that we chose: a related language's where there is
 # one, else that of the widest-spoken neighbour.

@@ -11,7 +11,9 @@ import numpy as np
 RATE = 16_000  # samples a second, of every Whisper model
 KINDS = "WAV, FLAC, OGG and MP3"
 STREAMED = 0x7FFF0000  # bytes: from here on a WAV's length is none, its header was written before the sound
-SHORTER = 0.1  # seconds that a recording may lack: an MP3 without a header is counted in whole frames
+# Seconds that a recording may lack: an MP3 without a header is counted in whole frames, and some programs write into a
+# WAV's header the size of the file.
+SHORTER = 0.1
 
 
 class Recording(NamedTuple):
@@ -46,24 +48,31 @@ def inspect(path: Path, where: str) -> Recording:
         ) from error
     if not found.frames:
         raise ValueError(f"{where}: {path} has no sound, it is empty or cut short: get it anew, or remove the row")
-    if lacking := _lacks_of_wav(path):
-        raise ValueError(
-            f"{where}: {path} is cut short: its header promises {lacking:,} bytes more: get it anew, or remove the row"
-        )
-    return Recording(found.frames / found.samplerate, found.samplerate, found.channels, found.subtype.endswith("8"))
+    seconds = found.frames / found.samplerate
+    promised = seconds * _promised_by_wav(path)
+    if seconds < promised - SHORTER:
+        raise _cut_short(where, path, seconds, promised)
+    return Recording(seconds, found.samplerate, found.channels, found.subtype.endswith("8"))
 
 
-def _lacks_of_wav(path: Path) -> int:
-    """The bytes of sound that a WAV promises and lacks: libsndfile reads what is there, and says no word."""
+def _cut_short(where: str, path: Path, seconds: float, promised: float) -> ValueError:
+    return ValueError(
+        f"{where}: {path} is cut short: {seconds:.1f} s of {promised:.1f} s can be read: get it anew, or remove the row"
+    )
+
+
+def _promised_by_wav(path: Path) -> float:
+    """How much sound a WAV's header promises, as a share of what is there: libsndfile reads that, and says no word."""
     with path.open("rb") as file:
         if file.read(4) != b"RIFF" or file.read(8)[4:] != b"WAVE":
-            return 0
+            return 1.0
         while len(head := file.read(8)) == 8:
             name, size = head[:4], int.from_bytes(head[4:], "little")
             if name == b"data":
-                return 0 if size >= STREAMED else max(0, size - (path.stat().st_size - file.tell()))
+                there = path.stat().st_size - file.tell()
+                return 1.0 if size >= STREAMED or not there else size / there
             file.seek(size + size % 2, 1)
-    return 0
+    return 1.0
 
 
 def read(path: Path, where: str) -> np.ndarray:
@@ -78,10 +87,7 @@ def read(path: Path, where: str) -> np.ndarray:
     if not len(samples):
         raise ValueError(f"{where}: {path} has no sound that can be read: get it anew, or remove the row")
     if (seconds := len(samples) / rate) < found.seconds - SHORTER:
-        raise ValueError(
-            f"{where}: {path} is cut short: {seconds:.1f} s of {found.seconds:.1f} s can be read: get it anew, or "
-            "remove the row"
-        )
+        raise _cut_short(where, path, seconds, found.seconds)
     if not np.isfinite(samples).all():
         raise ValueError(f"{where}: {path} has samples that are NaN or infinite: mend it, or remove the row")
     return resampled(samples.mean(axis=1) if found.channels > 1 else samples[:, 0], rate)

@@ -19,7 +19,7 @@ from typing import Any
 from vblora_experiments import commands  # it quiets what transformers imports
 
 # isort: split
-from transformers import AutoConfig, TrainingArguments
+from transformers import TrainingArguments
 
 import train_speech
 import transcribe
@@ -30,12 +30,11 @@ from normalisers import normaliser
 from speech_data import Set, fingerprint, load_split, read_outputs, read_table, sound_prints
 from train_speech import SpeechArguments
 from transcribe import Decoding
-from vblora.hub import from_hub
 from vblora.io import read_json
-from vblora.models import FLAG
 from vblora_experiments import publishing, runs, training_run
 from vblora_experiments.arguments import BatchArguments
 from vblora_experiments.command_line import Settings
+from whisper_models import whisper_config
 
 PARTS = ("dev", "test")
 NORMALISERS = ("raw", "unicode", "basic")
@@ -63,9 +62,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Train, transcribe and score, as far as that is not done; the record."""
     # Before the training: a wrong row or a damaged recording would be found hours later.
     sets = read_parts(settings.of(SpeechArguments))
-    if not all((settings.output_dir / f"{part}.tsv").exists() for part in PARTS):
-        hear(settings.of(SpeechArguments), sets)
-    trained = train_speech.train(settings)
+    trained = train_speech.train(settings, lambda: hear(settings.of(SpeechArguments), sets))
     if not trained:  # another process of this run writes
         return {}
     wanted = asdict(settings.of(Decoding))
@@ -89,11 +86,9 @@ def hear(speech: SpeechArguments, sets: dict[str, Set]) -> None:
     Raises:
         ValueError: a recording cannot be read to its end; with the table and line.
     """
-    name = speech.model_name_or_path
-    config = from_hub(lambda: AutoConfig.from_pretrained(name), name, FLAG)
+    mels = whisper_config(speech.model_name_or_path, speech.window).num_mel_bins
     for part in sets.values():
-        prints = sound_prints(part.clips)
-        features_of(part.clips, prints, part.seconds, config.num_mel_bins, speech.window, Path(speech.cache_dir))
+        features_of(part.clips, sound_prints(part.clips), part.seconds, mels, speech.window, Path(speech.cache_dir))
 
 
 def check_data(record: dict[str, Any], sets: dict[str, Set], out: Path) -> None:

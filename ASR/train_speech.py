@@ -19,6 +19,7 @@ trains nothing: the model as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,12 @@ def check_zero_shot(settings: Settings) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    method = settings.of(MethodArguments)
+    speech, method, _ = parts(settings)
     if len(given(method)) > 1:
         raise ValueError(f"--method {ZERO_SHOT} trains nothing and has no settings: leave them out")
     of_training = {f.name for f in fields(TrainingArguments)} - {"bf16"}  # a row may have it, and a processor not
-    if useless := sorted((of_training | set(OF_TRAINING)) & settings.overrides.keys()):
+    given_flags = settings.overrides.keys() - ({"spec_augment"} if not speech.spec_augment else set())
+    if useless := sorted((of_training | set(OF_TRAINING)) & given_flags):
         raise ValueError(f"--{useless[0]} does nothing with --method {ZERO_SHOT}, which trains nothing: leave it out")
 
 
@@ -153,8 +155,8 @@ def main(arguments: list[str]) -> dict[str, Any]:
     )
 
 
-def train(settings: Settings) -> dict[str, Any]:
-    """Train, unless that is done; what training.json holds."""
+def train(settings: Settings, first: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Train, unless that is done; what training.json holds. `first` is called before there is anything to train."""
     speech, method, training = parts(settings)
     out = settings.output_dir
     rows, dev = (read_split(speech, split) for split in ("train", "dev"))
@@ -162,7 +164,12 @@ def train(settings: Settings) -> dict[str, Any]:
     sounds = [speech_data.sound_prints(part.clips) for part in (rows, dev)]
     data = speech_data.fingerprint([*rows.clips, *dev.clips], [*sounds[0], *sounds[1]])
     plan = runs.make_plan(speech, method, training, data)
-    result = training_run.once(out, plan, training, lambda: fit(settings, (rows, dev), sounds, plan))
+
+    def begin() -> None:
+        first()
+        fit(settings, (rows, dev), sounds, plan)
+
+    result = training_run.once(out, plan, training, begin)
     if result and result["validation_losses"]:
         print(
             f"{out}: validation loss {result['validation_losses'][-1]:.4f} after {result['steps']} steps; "

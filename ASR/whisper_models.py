@@ -21,6 +21,24 @@ from vblora_experiments.whisper_counts import TARGETS
 WINDOW = 30  # seconds that Whisper was trained to hear
 
 
+def whisper_config(name: str, window: int) -> Any:
+    """The configuration of a Whisper that hears `window` seconds at once; no weights are loaded.
+
+    Raises:
+        ValueError: it cannot be had, is no Whisper, or its window cannot be that long.
+    """
+    config = from_hub(lambda: AutoConfig.from_pretrained(name), name, FLAG)
+    if config.model_type != "whisper":
+        raise ValueError(f"{name} is a model of type {config.model_type}, not a Whisper")
+    check_window(window, config.max_source_positions // POSITIONS)
+    return config
+
+
+def check_window(window: int, longest: int) -> None:
+    if not 1 <= window <= longest:
+        raise ValueError(f"--window must be from 1 to {longest} seconds for this model, not {window}")
+
+
 def load_whisper(name: str, dtype: str = "float32", window: int = WINDOW) -> Any:
     """The Whisper of this name or folder.
 
@@ -32,9 +50,7 @@ def load_whisper(name: str, dtype: str = "float32", window: int = WINDOW) -> Any
     Raises:
         ValueError: it cannot be had, is no Whisper, or its window cannot be that long.
     """
-    config = from_hub(lambda: AutoConfig.from_pretrained(name), name, FLAG)
-    if config.model_type != "whisper":
-        raise ValueError(f"{name} is a model of type {config.model_type}, not a Whisper")
+    whisper_config(name, window)
     kind = torch_dtype(dtype)
     model = from_hub(lambda: WhisperForConditionalGeneration.from_pretrained(name, dtype=kind), name, FLAG)
     shorten(model, window)
@@ -48,9 +64,7 @@ def shorten(model: Any, window: int) -> None:
         ValueError: less than a second, or more than the model has positions for.
     """
     encoder = model.get_encoder()
-    longest = encoder.embed_positions.num_embeddings // POSITIONS
-    if not 1 <= window <= longest:
-        raise ValueError(f"--window must be from 1 to {longest} seconds for this model, not {window}")
+    check_window(window, encoder.embed_positions.num_embeddings // POSITIONS)
     positions = encoder.embed_positions.weight[: window * POSITIONS].detach().clone()
     encoder.embed_positions = nn.Embedding.from_pretrained(positions, freeze=True)
     encoder.max_source_positions = model.config.max_source_positions = window * POSITIONS
@@ -84,17 +98,17 @@ def target_modules(targets: str) -> str:
 
 
 def check_targets(model: Any, targets: str) -> None:
-    """Refuse an expression that matches what is no linear layer; methods would fail on it one by one.
+    """Refuse an expression that matches a convolution, whose stride Whisper itself asks for.
 
     Raises:
-        ValueError: naming the first such layer.
+        ValueError: naming the first.
     """
     expression = target_modules(targets)
     for name, module in model.named_modules():
-        if re.fullmatch(expression, name) and not isinstance(module, nn.Linear):
+        if re.fullmatch(expression, name) and isinstance(module, nn.Conv1d):
             raise ValueError(
-                f"--targets {targets} matches {name}, a {type(module).__name__}: only linear layers are adapted; one "
-                f"of {', '.join(TARGETS)}, or an expression for linear layers alone"
+                f"--targets {targets} matches {name}, a convolution, which is not adapted; one of "
+                f"{', '.join(TARGETS)}, or an expression for linear layers alone"
             )
 
 

@@ -29,7 +29,7 @@ from vblora.io import read_json
 from vblora.models import RECORD_FILE
 from vblora_experiments import campaign, commands, records, schedule
 from vblora_experiments.rows import check_names
-from vblora_experiments.runs import real_flags
+from vblora_experiments.runs import is_on, real_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"base": "roberta_base", "large": "roberta_large", "minilm": "minilm"}
@@ -75,6 +75,8 @@ class Glue(campaign.Campaign):
             study = ABLATIONS[name]
             models, tasks = models or [study.model], options.tasks or [study.task]
             trials = ablation(name, models, tasks, options.variants, options.seeds)
+        if any(trial.bank_of for trial in trials) and is_on(extra.get("recipe")) and extra.get("topk", "1") == "1":
+            raise ValueError("--recipe selects one vector, which leaves nothing to train on a given bank: --topk 2")
         return [dataclasses.replace(trial, extra=real_flags(extra)) for trial in trials]
 
     def starts(self, trials: Sequence[Trial], options: argparse.Namespace) -> tuple[list[Trial], list[Trial]]:

@@ -124,7 +124,7 @@ def check(settings: Settings) -> None:
             raise ValueError(f"--bank_from does nothing with --method {method.method}: leave it out")
         if method.topk == 1 or (method.recipe and method.topk is None):
             raise ValueError(
-                "--bank_from leaves nothing to train where one vector makes a sub-vector"
+                "--bank_from leaves nothing of the adapter to train where one vector makes a sub-vector"
                 f"{', as by --recipe' if method.topk is None else ''}: the selection never moves; give --topk 2"
             )
         read_bank(glue.bank_from)

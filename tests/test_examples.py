@@ -58,6 +58,10 @@ def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     printed = capsys.readouterr().out
+    kept = [out["text"] for cell in notebook["cells"] for out in cell.get("outputs", []) if "text" in out]
+    # The file shows what its cells print: to the letter before training, whose sums another processor rounds otherwise.
+    assert printed.startswith("".join(kept[0])) and "right before training" in kept[0][-1]
+    assert ["".join(lines).count("\n") for lines in kept[1:]] == [1, 1, 4, 1]
     before, after = numbers(r"right \w+ training: ([\d.]+)", printed)
     assert before < 0.6 and after > 0.8
     assert numbers(r"([\d.]+) right\n", printed) == pytest.approx([after] * 3, abs=0.01)

@@ -11,6 +11,7 @@ import torch
 from core_helpers import build, make_batch, run
 
 import vblora
+from vblora import counts
 from vblora.files.directory import read_config
 from vblora.logits import draw
 from vblora.shapes import LayerShape, count_vblora, shares
@@ -242,6 +243,7 @@ def test_its_groups_train_the_adapter():
     [
         ({"max_bytes": 9000, "num_vectors": 4}, "give one of them"),
         ({"max_bytes": 100}, "100 bytes hold no bank"),
+        ({"max_bytes": 1000, "topk": 3}, "1,000 bytes hold no bank of 6 vectors"),
         ({"num_vectors": 1}, "num_vectors 1 "),
         ({"lora_rate": -1.0}, "lora_rate"),
         ({"max_bytes": 2.5}, "max_bytes"),
@@ -371,8 +373,21 @@ def test_a_few_narrow_layers_do_not_shorten_the_vectors_of_all():
     # One number in a thousand of A's is the narrow layers': they move the start as little.
     ratio = with_narrow.config.init_vector_bank_bound / plain.init_vector_bank_bound
     assert 1 < ratio < 1.25
-    assert vblora.recipe(linear((4, 128), (128, 4)), "all-linear").config.vector_length == 64
     assert vblora.recipe(linear((4, 8), (8, 4)), "all-linear").config.vector_length == 2
+
+
+@pytest.mark.parametrize(
+    ("widths", "length"),
+    [
+        ([(4, 128), (128, 4)], 2),  # half of all: they count
+        ([(30000, 256), (256, 256), (256, 10)], 128),  # one is wide, and the others are what there is
+        ([(30522, 128), *[(128, 128)] * 4], 64),
+        ([(64, 4096), *[(4096, 4096)] * 8], 64),
+        ([(768, 3072), (3072, 768), *[(768, 768)] * 4], 256),
+    ],
+)
+def test_what_is_narrow_is_seen_by_how_many_are(widths, length):
+    assert vblora.recipe(linear(*widths), "all-linear").config.vector_length == length
 
 
 def test_vectors_that_nothing_selects_are_counted_in_the_reason():
@@ -395,9 +410,11 @@ def test_reasons_say_where_a_rate_comes_from():
     for width, way in ((768, "0.001, at 768 by 1/width"), (96, "0.004, at 96 by 1/root of the width")):
         said = reasons(vblora.recipe(linear((width, width)), "all-linear"))["rate of the bank"]
         assert said == f"2 times LoRA's {way} from 0.002 at a width of 384"
-    given = vblora.recipe(linear((64, 64)), "all-linear", lora_rate=numpy.float64(1e-3), init_vector_bank_bound=0.5)
+    given = vblora.recipe(linear((64, 64)), "all-linear", lora_rate=numpy.float64(1e-3))
     assert reasons(given)["rate of the bank"] == "2 times LoRA's 0.001, as given"
     assert type(given.rates["lr_vector_bank"]) is float and given.rates["lr_vector_bank"] == 2e-3
+    bound = vblora.recipe(linear((64, 64)), "all-linear", init_vector_bank_bound=numpy.float32(0.5)).config
+    assert type(bound.init_vector_bank_bound) is float and bound.init_vector_bank_bound == 0.5
 
 
 def test_too_few_vectors_for_every_kind_are_named_before_the_model_is_changed():
@@ -406,10 +423,12 @@ def test_too_few_vectors_for_every_kind_are_named_before_the_model_is_changed():
         vblora.recipe(names, "all-linear", num_vectors=8, init_by_kind=True)
 
 
-def test_a_bank_is_found_in_few_steps_whatever_the_layers():
+def test_a_bank_is_found_in_few_steps_whatever_the_layers(monkeypatch):
     """Nine seconds for a model of eight thousand million weights, once, when each size was tried in turn."""
+    tried, count = [], counts.count_vblora
+    monkeypatch.setattr(counts, "count_vblora", lambda *a, **k: tried.append(k["num_vectors"]) or count(*a, **k))
     layers = [(4096, 4096)] * 128 + [(4096, 14336)] * 64 + [(14336, 4096)] * 32
     chosen = vblora.recipe(linear(*layers), "all-linear", vector_length=16, max_bytes=20_000_000)
     h, shapes = chosen.config.num_vectors, [LayerShape("x", *pair) for pair in layers]
     more = count_vblora(shapes, r=4, num_vectors=h + 1, vector_length=16, topk=1)
-    assert chosen.stored.bytes <= 20_000_000 < more.bytes
+    assert chosen.stored.bytes <= 20_000_000 < more.bytes and len(tried) < 30

@@ -120,6 +120,6 @@ def test_keys_are_hexadecimal(key):
 def test_a_frozen_bank_with_one_vector_to_a_sub_vector_is_refused(two, tmp_path):
     adapter = vblora.attach(tiny_llama(61), vblora.VBLoRAConfig(**{**CONFIG, "topk": 1}), seed=3)
     before = adapter.vector_bank.clone()
-    with pytest.raises(ValueError, match="topk 1 with a frozen bank leaves nothing to train"):
+    with pytest.raises(ValueError, match="topk 1 with a frozen bank leaves nothing of it to train"):
         use_bank(adapter, tmp_path / "first")
     assert torch.equal(adapter.vector_bank, before) and adapter.vector_bank.requires_grad

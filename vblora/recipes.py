@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -45,7 +46,6 @@ LOGITS_STD, LOGITS_RATE = 3.0, 3e-2
 WARMUP, MAX_GRAD_NORM = 0.06, 1.0
 LONGEST = 256  # of a sub-vector, as in the paper
 SHORTEST = 16
-NARROW = 0.05  # of all widths: what layers have that are narrower than the rest
 RATE_OF = {"lr_vector_bank": "rate of the bank", "lr_logits": "rate of the logits"}
 
 
@@ -178,6 +178,8 @@ def recipe(
         known = isinstance(value, Real) and type(value) is not bool  # NumPy's too
         if value is not None and not (known and 0 < float(value) < math.inf):
             raise ValueError(f"{name} must be a number above 0, not {value!r}")
+        if value is not None and name in settings:
+            settings[name] = float(value)
     if unknown := sorted(settings.keys() - {field.name for field in fields(VBLoRAConfig)}):
         raise ValueError(f"unknown setting of vblora: {', '.join(unknown)}")
     # The start's settings are looked at with the bank's size, below.
@@ -230,26 +232,28 @@ def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
     """The longest power of two up to 256 that divides the widths, or up to 128 what may cut a row's last sub-vector.
 
     At most half the narrowest input: with one sub-vector to a row of A, rows that draw the same vector are the same,
-    and the update's rank is lower than r. The few layers that are much narrower than the rest do not count: their
+    and the update's rank is lower than r. A few layers that are much narrower than the rest do not count: their
     vectors are cut, and shorter ones for all would be more to select and less to train.
     """
     widths = [width for shape in shapes for width in shape[1:]]
     half = max(1, min(_without_narrow([shape.in_features for shape in shapes])) // 2)
-    for of, which in ((widths, "every width"), (_without_narrow(widths), "all but the narrowest widths")):
-        common = math.gcd(LONGEST, *of)
-        while common > half:
-            common //= 2
-        if common >= min(SHORTEST, half):
-            return common, f"the longest power of two up to 256 and half a row of A that divides {which}"
+    longest = min(LONGEST, 1 << half.bit_length() - 1)
+    # Without the narrow ones the length must be the whole of it: a shorter one would cut none of the rest.
+    for of, least, which in (
+        (widths, min(SHORTEST, half), "every width"),
+        (_without_narrow(widths), longest, "all but the narrowest widths"),
+    ):
+        common = math.gcd(longest, *of)
+        if common >= least:
+            return common, f"the longest power of two up to 256 and half a usual row of A that divides {which}"
     return min(LONGEST // 2, half), "the widths have no long divisor in common: the last sub-vector of a row is cut"
 
 
 def _without_narrow(widths: Sequence[int]) -> list[int]:
-    """The widths without the narrowest, which together have at most a part of their sum (NARROW)."""
-    most, kept = NARROW * sum(widths), sorted(widths)
-    while len(kept) > 1 and (most := most - kept[0]) >= 0:
-        del kept[0]
-    return kept
+    """The widths without those below a quarter of their median, where these are at most a quarter of all."""
+    narrow = statistics.median_high(widths) / 4
+    kept = [width for width in widths if width >= narrow]
+    return kept if len(kept) >= 0.75 * len(widths) else list(widths)
 
 
 def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes: int | None) -> tuple[int, str]:
@@ -266,7 +270,7 @@ def _vectors(shapes: Sequence[LayerShape], r: int, b: int, topk: int, max_bytes:
     h, enough = max(1, most // (counts.FLOAT32_BYTES * b)), topk * counts.sub_vectors(shapes, r, b)
     if h > enough:
         h, why = enough, "as many as the sub-vectors select"
-    h = bisect.bisect_right(range(1, h + 1), most, key=size)
+    h = 2 * topk - 1 + bisect.bisect_right(range(2 * topk, h + 1), most, key=size)
     if h < 2 * topk:
         raise ValueError(
             f"{most:,} bytes hold no bank of {2 * topk} vectors of {b} numbers and the selection of "

@@ -26,24 +26,24 @@ class Progress:
         self.path, self.settings, self.texts = path, settings, texts
 
     @classmethod
-    def of(cls, path: Path, settings: dict[str, Any], target: Path | None = None) -> Progress:
+    def of(cls, path: Path, settings: dict[str, Any], *targets: Path) -> Progress:
         """What an interrupted run with these settings left; a line that was cut off does not count.
 
         Args:
             path: the file.
             settings: what the texts are made with.
-            target: the file that they go into once all are there.
+            targets: the files that they go into once all are there.
 
         Raises:
-            ValueError: it was left with other settings, a line is damaged, another process is at it now, or the target
-                is somebody's own: no texts that were left are to become it.
+            ValueError: it was left with other settings, a line is damaged, another process is at it now, or a
+                target is somebody's own: no text that was left is to become it.
         """
-        if target is not None and target.exists() and not path.exists():
-            raise ValueError(f"{target} was not written by this command, which would replace it: move it away first")
         lock = _locked(path)
         content = path.read_bytes() if path.exists() else b""
         whole = content.rpartition(b"\n")[0]
         first, *rest = whole.split(b"\n")
+        if not rest and (there := [file for file in targets if file.exists()]):
+            raise ValueError(f"{there[0]} was not written by this command, which would replace it: move it away first")
         if first == json.dumps(settings).encode():
             progress = cls(path, settings, dict(_entry(line, f"{path}, line {n}") for n, line in enumerate(rest, 2)))
             os.truncate(path, len(whole) + 1)

@@ -28,7 +28,7 @@ from vblora.config import FORMS
 from vblora.io import folder_fingerprint, read_json, write_json
 from vblora.models import PLAN_FILE, RECORD_FILE, TRAINING_FILE, model_name
 from vblora.switch import read_config_file
-from vblora_experiments.arguments import MethodArguments, given, split
+from vblora_experiments.arguments import OF_RECIPE, MethodArguments, given, split
 from vblora_experiments.secrets import without_secrets
 
 LOCK_FILE = ".lock"
@@ -74,6 +74,11 @@ def in_words(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings in which two runs differ, each with both values; "" for none."""
     before, now = todays(before), todays(now)
     return ", ".join(f"{n}: {before.get(n)} before, {now.get(n)} now" for n in differences(before, now))
+
+
+def is_on(value: Any) -> bool:
+    """Whether a switch is on, as a value or as the text of a flag."""
+    return str(value).lower() in ("true", "1", "yes", "y", "t", "on")
 
 
 def _same(name: str, one: Any, other: Any) -> bool:
@@ -353,6 +358,12 @@ class Trial:
         """The flags whose values in the record are not those of the row and its changes."""
         settings = {**record.get("decoding", {}), **record.get("testing", {}), **todays(record["settings"])}
         flags = {**self.row_flags(), **self.overrides}
+        if is_on(self.overrides.get("recipe")) and not self.row_flags().get("recipe"):
+            # The recipe goes before the row's numbers; a record that has them is of a version in which it did not.
+            own = {name for name in OF_RECIPE if name not in self.overrides}
+            if kept := sorted(own & settings.keys()):
+                return kept
+            flags = {name: value for name, value in flags.items() if name not in own}
         # A record leaves out what is at its default.
         known = settings if flags.keys() <= settings.keys() else {**_training_defaults(), **settings}
         shared = flags.keys() & known.keys()

@@ -153,6 +153,11 @@ def test_a_file_of_somebodys_own_is_not_replaced(tmp_path):
         Progress.of(path, SETTINGS, target)
     assert target.read_text() == "mine" and not path.exists()
     target.unlink()
+    Progress.of(path, SETTINGS, target)
+    target.write_text("mine")  # meanwhile
+    with pytest.raises(ValueError, match="was not written by this command"):
+        Progress.of(path, SETTINGS, tmp_path / "other", target)
+    target.unlink()
     Progress.of(path, SETTINGS, target).add({1: "x"})
     target.write_text("x")  # a crash between the file and its note
     assert Progress.of(path, SETTINGS, target).texts == {1: "x"}

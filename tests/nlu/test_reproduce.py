@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -16,6 +17,7 @@ import table
 from experiments import Trial
 from vblora.io import read_json, write_json
 from vblora_experiments import campaign
+from vblora_experiments.arguments import OF_RECIPE
 
 GLUE = reproduce.Glue()
 
@@ -267,6 +269,28 @@ def test_a_record_of_other_numbers_is_not_the_trials():
         assert not trial.is_of(other) and trial.differences(other) == list(change)
     local = good | {"settings": good["settings"] | {"model_name_or_path": "roberta-base", "learning_rate": "2e-2"}}
     assert trial.is_of(local)
+
+
+def test_a_record_of_a_recipe_that_kept_the_rows_numbers_is_not_the_trials():
+    """Once --recipe beside a row left all of the row's numbers in their place."""
+    options = ["table1", "--tasks", "cola", "--methods", "vblora_qv", "--sizes", "minilm", "--seeds", "0"]
+    (trial,) = GLUE.plan(campaign.parse(GLUE, options), {"recipe": "true", "num_vectors": "50"})
+    before = record(trial, 0.1, 0.1)
+    assert before["settings"]["topk"] == 2 and not trial.is_of(before)
+    today = {
+        name: value for name, value in before["settings"].items() if name not in OF_RECIPE or name == "num_vectors"
+    }
+    assert trial.is_of({**before, "settings": today})
+    assert not trial.is_of({**before, "settings": {**today, "num_vectors": 40}})
+    off = dataclasses.replace(trial, extra={"recipe": "false"})
+    assert off.is_of(record(off, 0.1, 0.1))
+
+
+def test_the_recipe_is_refused_where_the_bank_is_another_tasks():
+    options = campaign.parse(GLUE, ["shared_bank", "--sizes", "minilm"])
+    with pytest.raises(ValueError, match=r"--recipe selects one vector, .*: --topk 2"):
+        GLUE.plan(options, {"recipe": "true"})
+    assert GLUE.plan(options, {"recipe": "true", "topk": "2"})
 
 
 def test_records_of_different_data_are_not_one_cell():

@@ -411,7 +411,7 @@ def test_a_further_task_on_the_frozen_bank_of_another(flags, tmp_path):
         ([*SIZES, "--num_vectors", "5"], "num_vectors and vector_length must be the same"),
         (
             [*SIZES, "--topk", "1"],
-            "--bank_from leaves nothing to train where one vector makes a sub-vector: .*--topk 2",
+            "--bank_from leaves nothing of the adapter to train where one vector makes a sub-vector: .*--topk 2",
         ),
         (["--recipe"], "one vector makes a sub-vector, as by --recipe: the selection never moves; give --topk 2"),
     ],

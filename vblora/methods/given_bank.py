@@ -21,7 +21,9 @@ def use_bank(adapter: VBLoRA, source: str | Path) -> None:
             one vector to a sub-vector the selection never moves. The adapter is as it was.
     """
     if adapter.config.topk == 1:
-        raise ValueError("topk 1 with a frozen bank leaves nothing to train, as one vector has weight 1: give topk 2")
+        raise ValueError(
+            "topk 1 with a frozen bank leaves nothing of it to train, as one vector has weight 1: give topk 2"
+        )
     bank = read_bank(source)
     if bank.shape != adapter.vector_bank.shape:
         raise ValueError(
