@@ -81,7 +81,9 @@ def decode_split(options: Options) -> Path:
             raise ValueError(f"{target} has texts of other settings ({changed}): remove it first")
         print(f"{target} is there already")
         return target
-    done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings, target, target.with_suffix(".jsonl"))
+    # Who removes the texts to have others may leave what stands beside them; without a note it is somebody's own.
+    beside = [] if note.exists() else [target.with_suffix(".jsonl")]
+    done = Progress.of(options.run / f"{options.split}.partial.jsonl", settings, target, *beside)
     missing = [number for number in range(len(groups)) if number not in done.texts]
     if missing:
         model, tokenizer = tuned.load(options.merge), load_tokenizer(tuned.base)

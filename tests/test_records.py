@@ -77,7 +77,7 @@ def test_a_folder_with_results_takes_no_other_run(result, tmp_path):
     assert runs.begin(tmp_path, {"seed": 1}) is None  # only a plan: a wrong setting may be put right
     (tmp_path / result).parent.mkdir(exist_ok=True)
     (tmp_path / result).write_text("{}")
-    with pytest.raises(ValueError, match=r"other settings \(seed: 1 before, 2 now\): remove it"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: 1 before, 2 now\): give another place"):
         runs.begin(tmp_path, {"seed": 2})
 
 

@@ -154,6 +154,12 @@ def test_an_interrupted_decoding_goes_on_to_the_same_texts(flags, models_by_kind
     monkeypatch.setattr(decode.Progress, "add", lambda self, texts: (seen.append(texts), original(self, texts)))
     assert decode.main(command).read_text() == whole
     assert len(seen) == 2 and not (tmp_path / "run" / "test.partial.jsonl").exists()
+    for name in ("test.txt", "test.decoding.json"):
+        (tmp_path / "run" / name).unlink()
+    kept = (tmp_path / "run" / "test.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"test\.jsonl was not written by this command, .*: move it away first"):
+        decode.main(command)
+    assert (tmp_path / "run" / "test.jsonl").read_text() == kept
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
