@@ -62,14 +62,15 @@ def run(settings: Settings) -> dict[str, Any]:
     """Train, transcribe and score, as far as that is not done; the record."""
     # Before the training: a wrong row or a damaged recording would be found hours later.
     sets = read_parts(settings.of(SpeechArguments))
-    trained = train_speech.train(settings, lambda: hear(settings.of(SpeechArguments), sets))
+    sounds = {part: sound_prints(found.clips) for part, found in sets.items()}
+    trained = train_speech.train(settings, lambda: hear(settings.of(SpeechArguments), sets, sounds))
     if not trained:  # another process of this run writes
         return {}
     wanted = asdict(settings.of(Decoding))
     record = training_run.record_of(
         settings, "decoding", wanted, lambda: make_record(settings, trained, transcribe_parts(settings))
     )
-    check_data(record, sets, settings.output_dir)
+    check_data(record, sets, sounds, settings.output_dir)
     runs.finish(settings.output_dir, record)
     print(summary(record))
     return publishing.published(settings.of(TrainingArguments), record)
@@ -80,25 +81,25 @@ def read_parts(speech: SpeechArguments) -> dict[str, Set]:
     return {part: load_split(speech.data_dir, part, speech.window, speech.long_clips) for part in PARTS}
 
 
-def hear(speech: SpeechArguments, sets: dict[str, Set]) -> None:
+def hear(speech: SpeechArguments, sets: dict[str, Set], sounds: dict[str, list[str]]) -> None:
     """Compute the features that transcribing will need, which decodes every recording.
 
     Raises:
         ValueError: a recording cannot be read to its end; with the table and line.
     """
     mels = whisper_config(speech.model_name_or_path, speech.window).num_mel_bins
-    for part in sets.values():
-        features_of(part.clips, sound_prints(part.clips), part.seconds, mels, speech.window, Path(speech.cache_dir))
+    for part, found in sets.items():
+        features_of(found.clips, sounds[part], found.seconds, mels, speech.window, Path(speech.cache_dir))
 
 
-def check_data(record: dict[str, Any], sets: dict[str, Set], out: Path) -> None:
+def check_data(record: dict[str, Any], sets: dict[str, Set], sounds: dict[str, list[str]], out: Path) -> None:
     """Refuse parts that are others than those that a record is of; an older record does not say.
 
     Raises:
         ValueError: naming the table.
     """
     for part, found in sets.items():
-        data = fingerprint(found.clips, sound_prints(found.clips))
+        data = fingerprint(found.clips, sounds[part])
         if record[part].get("data", data) != data:
             table = found.clips[0].where.rpartition(",")[0]
             raise ValueError(

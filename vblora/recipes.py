@@ -239,11 +239,11 @@ def _length(shapes: Sequence[LayerShape]) -> tuple[int, str]:
     half = max(1, min(_without_narrow([shape.in_features for shape in shapes])) // 2)
     longest = min(LONGEST, 1 << half.bit_length() - 1)
     # Without the narrow ones the length must be the whole of it: a shorter one would cut none of the rest.
-    for of, least, which in (
+    for some, least, which in (
         (widths, min(SHORTEST, half), "every width"),
         (_without_narrow(widths), longest, "all but the narrowest widths"),
     ):
-        common = math.gcd(longest, *of)
+        common = math.gcd(longest, *some)
         if common >= least:
             return common, f"the longest power of two up to 256 and half a usual row of A that divides {which}"
     return min(LONGEST // 2, half), "the widths have no long divisor in common: the last sub-vector of a row is cut"

@@ -104,8 +104,7 @@ class StopAfterFirstSave(TrainerCallback):
         raise Stop
 
 
-def in_two_parts(arguments, monkeypatch):
-    """The record of a run that is stopped after its first checkpoint and then called again."""
+def stop_after_first_save(arguments, monkeypatch):
     original = run_glue.make_trainer
 
     def stopping(*given):
@@ -118,6 +117,11 @@ def in_two_parts(arguments, monkeypatch):
         with pytest.raises(Stop):
             run_glue.main(arguments)
     assert not (Path(arguments[arguments.index("--output_dir") + 1]) / "record.json").exists()
+
+
+def in_two_parts(arguments, monkeypatch):
+    """The record of a run that is stopped after its first checkpoint and then called again."""
+    stop_after_first_save(arguments, monkeypatch)
     return run_glue.main(arguments)
 
 
@@ -142,17 +146,8 @@ def test_a_recipe_that_has_changed_meanwhile_does_not_name_rates_that_were_not_t
     flags, tmp_path, monkeypatch
 ):
     """The plan says "recipe", and the rates of an interrupted run are those of its checkpoint."""
-    original, command = run_glue.make_trainer, flags("--recipe", "--num_vectors", "20")
-
-    def stopping(*given):
-        trainer = original(*given)
-        trainer.add_callback(StopAfterFirstSave())
-        return trainer
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_glue, "make_trainer", stopping)
-        with pytest.raises(Stop):
-            run_glue.main(command)
+    command = flags("--recipe", "--num_vectors", "20")
+    stop_after_first_save(command, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("vblora.recipes.RATE", 4.0)
         with pytest.raises(
