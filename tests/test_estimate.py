@@ -61,6 +61,16 @@ def test_peak_bytes_are_those_held_at_once():
     assert peak_bytes(kept.clear) == 0  # what was there before is not taken off
 
 
+def test_peak_bytes_do_not_depend_on_what_was_measured_before():
+    kept = []
+
+    def renew():
+        kept.clear()
+        kept.append(torch.empty(1000))
+
+    assert [peak_bytes(renew) for _ in range(3)] == [4000, 4000, 4000]
+
+
 @pytest.mark.parametrize(
     ("sizes", "bits"), [({}, 16), ({"blocks": 4}, 16), ({"vocabulary": 1024}, 16), ({"width": 256}, 16), ({}, 4)]
 )
