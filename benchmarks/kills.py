@@ -77,6 +77,8 @@ def forked(script: Callable[[list[str]], Any], command: list[str], out: Path, ki
     child = os.fork()
     if not child:
         code = 1
+        # A fork renews the pool at its first use, which must not be by two threads at once.
+        torch.set_num_threads(1)
         try:
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)

@@ -302,10 +302,11 @@ async def end_in_flight(state: State, server: Server, name: str) -> None:
     """Tell it to stop while requests are in flight."""
     clients = [Client(server.port) for _ in range(8)]
     body = rows([name] * MOST_TEXTS, (TEXTS * MOST_TEXTS)[:MOST_TEXTS])
-    before = await asyncio.to_thread(server.metric, "vblora_waiting_rows")
     asking = [asyncio.create_task(client.ask(body)) for client in clients]
-    while before == 0 and not any(task.done() for task in asking):
-        before = await asyncio.to_thread(server.metric, "vblora_waiting_rows")
+    read, unanswered = 0.0, len(asking)
+    while read < unanswered * len(body):  # a request that the server has not read by then is not in flight
+        unanswered = sum(not task.done() for task in asking)
+        read = await asyncio.to_thread(server.metric, "vblora_body_bytes")
     code = await asyncio.to_thread(server.end)
     statuses = Counter(status for status, _ in await asyncio.gather(*asking))
     state.seen["in flight at the end: 200"] = statuses[200]

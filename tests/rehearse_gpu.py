@@ -39,9 +39,8 @@ class Forked:
             return
         code = 1
         try:
-            torch.set_num_threads(
-                1
-            )  # a fork renews the pool at its first use, which must not be by two threads at once
+            # A fork renews the pool at its first use, which must not be by two threads at once.
+            torch.set_num_threads(1)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             os.chdir(cwd)

@@ -52,15 +52,20 @@ def test_an_error_of_the_run_is_told_from_a_signal(tmp_path):
     assert [a.code for a in journal.attempts(tmp_path / "runs" / "killed.log")] == [-9]
 
 
-def test_a_worker_that_is_interrupted_ends_its_command(tmp_path):
+def test_a_worker_that_is_interrupted_ends_its_command(tmp_path, monkeypatch):
     class Interruption(BaseException):
         pass
 
     def interrupt(*_):
         raise Interruption
 
+    def started_then_interrupted(*values):
+        started(*values)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    started = journal.started
+    monkeypatch.setattr(journal, "started", started_then_interrupted)
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(Interruption):
             Work.of(job(tmp_path, "long", "import time; time.sleep(60)"), 1)()

@@ -199,8 +199,8 @@ def test_a_passing_failure_changes_nothing(failure, server, command, expected):
 
 
 def test_a_slow_answer_is_asked_for_again(server, command, expected):
-    server.script = [rate, dawdles(3.0)]
-    assert outcome(main(command("--timeout", "1"))) == expected
+    server.script = [rate, dawdles(9.0)]
+    assert outcome(main(command("--timeout", "3"))) == expected
     assert len(server.requests) == 17
 
 

@@ -64,8 +64,8 @@ class Work:
                 env={**os.environ, **self.environment},
                 start_new_session=True,  # submitit answers Slurm's signals, not the run
             )
-        journal.started(self.log, process.pid)
         try:
+            journal.started(self.log, process.pid)
             code = process.wait()
         except BaseException:  # submitit leaves a job that is to be queued again by SystemExit
             process.terminate()
