@@ -52,29 +52,33 @@ def test_an_error_of_the_run_is_told_from_a_signal(tmp_path):
     assert [a.code for a in journal.attempts(tmp_path / "runs" / "killed.log")] == [-9]
 
 
-def test_a_worker_that_is_interrupted_ends_its_command(tmp_path, monkeypatch):
-    class Interruption(BaseException):
-        pass
+class Interruption(BaseException):
+    pass
 
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_worker_that_is_interrupted_ends_its_command(noted, tmp_path, monkeypatch):
     def interrupt(*_):
         raise Interruption
 
-    def started_then_interrupted(*values):
-        started(*values)
+    def interrupted(log, process):
+        processes.append(process)
+        if not noted:
+            raise Interruption
+        started(log, process)
         signal.setitimer(signal.ITIMER_REAL, 0.05)
 
-    started = journal.started
-    monkeypatch.setattr(journal, "started", started_then_interrupted)
+    processes, started = [], journal.started
+    monkeypatch.setattr(journal, "started", interrupted)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         with pytest.raises(Interruption):
             Work.of(job(tmp_path, "long", "import time; time.sleep(60)"), 1)()
     finally:
         signal.signal(signal.SIGALRM, before)
-    (attempt,) = journal.attempts(tmp_path / "runs" / "long.log")
-    assert attempt.code is None
+    assert [attempt.code for attempt in journal.attempts(tmp_path / "runs" / "long.log")] == [None] * noted
     with pytest.raises(ProcessLookupError):
-        os.kill(attempt.process, 0)
+        os.kill(processes[0], 0)
 
 
 def test_a_line_of_a_journal_that_was_cut_off_does_not_count(tmp_path):

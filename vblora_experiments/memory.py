@@ -15,7 +15,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     On a GPU from the allocator's own count (of the current device); on the CPU from the profiler, which sees each
     allocation: there what the call frees of before is not taken off. What libraries take by other ways is not in it.
     """
-    gc.collect()  # or what is freed of before would be taken off
+    gc.collect()  # or what is freed of before would be taken off; and its next turn comes after as many objects
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
